@@ -1,0 +1,203 @@
+"""The command line: parse, call one function, print. Results go to stdout, the last line as JSON; progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stillroom import __version__
+from stillroom.errors import StillroomError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distil a large language model into a small one that you run, and know that it does the job.\n\n"
+    "Start with `stillroom plan RECIPE`, then `stillroom distill RECIPE`.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at training data before anything is spent on it.")
+app.add_typer(data_app, name="data")
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, as in --set training.epochs=3. Repeatable."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run [default: runs/<name of the recipe>].")]
+
+
+@app.command()
+def distill(recipe: RecipePath, set_: Overrides = None, out: Out = None) -> None:
+    """Do everything: prepare the data, label it, train the student, measure it, write the report.
+
+    Interrupted anywhere, the same command goes on and does only what is missing. Change one setting, and exactly
+    what depends on it is done again.
+    """
+    from stillroom import pipeline
+
+    loaded = _load(recipe, set_)
+    summary = pipeline.distill(loaded, _out(out, loaded.name), command=_command())
+    print(summary.pop("headline"))
+    print(json.dumps(summary))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Ask whether it fits this GPU, such as l4, a100-80gb or h200.")
+    ] = None,
+) -> None:
+    """Say what a recipe will do and take, before anything is spent: records, calls, money, memory, time, licences."""
+    from stillroom import pipeline
+
+    found = pipeline.plan(_load(recipe, set_), gpu=gpu)
+    print(found.text)
+    print(json.dumps(found.figures))
+
+
+@app.command()
+def record(
+    recipe: RecipePath,
+    to: Annotated[Path, typer.Option("--to", help="Folder that the teacher's answers are written to, as logs.")],
+    set_: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Ask a recipe's teacher everything that the recipe needs, and write its answers as invocation logs.
+
+    The logs refer to prompts by digest and hold the answers only. `teacher: {engine: recorded, path: ...}` then
+    replays them, so that others can run the recipe without the teacher.
+    """
+    from stillroom import pipeline
+
+    loaded = _load(recipe, set_)
+    print(json.dumps(pipeline.record(loaded, _out(out, loaded.name), to)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A student's folder, a GGUF file, a hub id, or an http(s) URL ending in /v1.")
+    ],
+    data: Annotated[
+        Path, typer.Argument(help="Labelled records: a file or folder in any format that `data check` reads.")
+    ],
+    task: Annotated[str, typer.Option(help="function_calling, classification or text.")] = "function_calling",
+    engine: Annotated[
+        str | None, typer.Option(help="transformers, llama.cpp or openai [default: by the model].")
+    ] = None,
+    model_id: Annotated[str | None, typer.Option("--model-id", help="The model's id at a URL.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Measure only this many items, chosen by content.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Cap on one answer, in tokens.")] = 256,
+    chat_template: Annotated[str | None, typer.Option(help="Template used in place of the model's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write every item's verdict to this JSON file.")
+    ] = None,
+) -> None:
+    """Measure one model on labelled records: accuracy with intervals, failure kinds, latency."""
+    from stillroom import pipeline
+
+    found = pipeline.evaluate_model(
+        model, data, task=task, engine=engine, model_id=model_id, limit=limit, max_tokens=max_tokens,
+        chat_template=chat_template, out=out,
+    )  # fmt: skip
+    print(found.pop("text"))
+    print(json.dumps(found))
+
+
+@app.command()
+def lineage(
+    path: Annotated[Path, typer.Argument(help="Anything inside a run's folder, such as runs/x/student.")],
+) -> None:
+    """Show what made a thing: its step, settings and inputs, back to the sources."""
+    from stillroom import artifacts
+
+    tree = artifacts.lineage(path)
+    print(_draw(tree))
+    print(json.dumps(tree))
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[Path, typer.Argument(help="A file, or a folder that is searched.")],
+    format: Annotated[str, typer.Option(help="auto, bedrock, openai, invocation_logs or bfcl.")] = "auto",
+    where: Annotated[
+        str | None, typer.Option(help='Metadata filter of invocation logs, as JSON: {"equals": {"project": "x"}}.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and rejected.jsonl.")] = None,
+    minimum: Annotated[int, typer.Option(help="Exit with 1 when fewer records than this are accepted.")] = 1,
+) -> None:
+    """The prompt-insights report: how many records are usable, and for each that is not, where, why, what to change."""
+    from stillroom import data
+
+    insights = data.check(path, format=format, where=_json_option("--where", where), out=out)
+    print(insights.to_text())
+    print(json.dumps(insights.to_json()))
+    if insights.accepted < minimum:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: an error of ours is a message on stderr and exit code 1, Ctrl-C is 130; bugs keep their traceback."""
+    try:
+        app(standalone_mode=True)
+    except StillroomError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. What is done is kept: run the same command to go on.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Any:
+    from stillroom.config import load_config
+    from stillroom.pipeline import Recipe
+
+    return load_config(Recipe, recipe, overrides or [])
+
+
+def _out(out: Path | None, name: str) -> Path:
+    return out or Path("runs") / name
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["stillroom", *sys.argv[1:]])
+
+
+def _json_option(option: str, text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} is not JSON: {error}") from None
+
+
+def _draw(tree: dict[str, Any], role: str = "", depth: int = 0) -> str:
+    head = f"{'   ' * depth}{role + ': ' if role else ''}{tree['step']} {tree['key']}  {tree['created']}  {tree['seconds']:.1f} s"
+    lines = [head]
+    for name, parent in tree["parents"].items():
+        if isinstance(parent, dict):
+            lines.append(_draw(parent, name, depth + 1))
+        else:
+            lines.append(f"{'   ' * (depth + 1)}{name}: {parent}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

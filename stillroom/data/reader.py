@@ -1,0 +1,228 @@
+"""Records in, from every format, as a stream: `read` yields examples, rejections and warnings in file order.
+
+Promise: memory is bounded by the longest line allowed, whatever the files hold; a bad record or file
+costs itself only; nothing but a `StillroomError` is raised, and that only for the caller's mistakes.
+Repeats are not looked for here (that needs memory): `check` and `prepare` do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stillroom.data import bedrock, bfcl, invocation_logs, openai_chat
+from stillroom.data.advice import advice
+from stillroom.data.config import Format, ReadLimits
+from stillroom.data.filters import check_filter, matches
+from stillroom.data.jsontext import decode
+from stillroom.data.lines import TooLong, lines
+from stillroom.data.reasons import DataWarning, Reason, Reject, Rejection, excerpt
+from stillroom.data.shapes import type_name
+from stillroom.errors import ConfigError, DataError
+from stillroom.schema import Example
+
+KIB = 1024
+LINE_BYTES = {"bedrock": 180 * KIB, "openai": 1024 * KIB, "invocation_logs": 1024 * KIB, "bfcl": 1024 * KIB}
+EXTENSIONS = {
+    "bedrock": (".jsonl", ".jsonl.gz"),
+    "openai": (".jsonl", ".jsonl.gz"),
+    "invocation_logs": (".json.gz", ".json", ".jsonl", ".jsonl.gz"),
+    "bfcl": (".json", ".jsonl", ".json.gz", ".jsonl.gz"),
+}
+SKIPPED_FOLDERS = frozenset({"data", "possible_answer"})
+"""Not records: bodies that a log stores beside itself, and BFCL's answers."""
+
+SKIPPED_FILES = frozenset({"amazon-bedrock-logs-permission-check"})
+WHOLE_FILE = frozenset({Reason.NOT_JSON_LINES, Reason.WRONG_EXTENSION, Reason.TOO_MUCH_DATA})
+CUTS = frozenset({Reason.TRUNCATED_GZIP, Reason.CORRUPT_GZIP, Reason.GZIP_BOMB, Reason.TOO_MUCH_DATA})
+"""Rejections of a file that name the last line before them."""
+
+ANY_EXTENSION = tuple(sorted({ending for endings in EXTENSIONS.values() for ending in endings}))
+
+Finding = Example | Rejection | DataWarning
+ToExample = Callable[[dict[str, Any], str], Example]
+
+
+def read(
+    path: str | Path,
+    format: Format = "auto",
+    *,
+    where: Mapping[str, Any] | None = None,
+    limits: ReadLimits | None = None,
+    category: str | None = None,
+    answers: str | Path | None = None,
+    model: str | None = None,
+) -> Iterator[Finding]:
+    """Every record of a file or folder; an example is followed by the warnings about it.
+
+    Args:
+        path: a file, or a folder that is searched for files of the format (hidden ones left out).
+        where: metadata filter; records that do not match are rejected as `filtered_out`.
+        category: what examples are grouped by; None: what the format says.
+        answers: BFCL answers file, where it is not `possible_answer/` beside the questions.
+        model: invocation logs: the model whose records are wanted.
+
+    Raises:
+        DataError: `path` does not exist. ConfigError: `where` is not a filter, or `format` is unknown.
+    """
+    path, limits = Path(path), limits or ReadLimits()
+    if format != "auto" and format not in LINE_BYTES:
+        raise ConfigError(f"unknown format {format!r}; valid: auto, {', '.join(LINE_BYTES)}")
+    if where is not None:
+        try:
+            check_filter(where)
+        except ValueError as error:
+            raise ConfigError(f"data filter: {error}") from None
+    if not os.path.lexists(path):
+        raise DataError(f"{path} does not exist.\nhelp: give a file or folder of records.")
+    return _read_all(_Reading(path, format, where, limits, category, answers, model))
+
+
+class _Reading:
+    """What `read` was asked for, and how many bytes it has taken so far."""
+
+    def __init__(
+        self,
+        path: Path,
+        format: Format,
+        where: Mapping[str, Any] | None,
+        limits: ReadLimits,
+        category: str | None,
+        answers: str | Path | None,
+        model: str | None,
+    ) -> None:
+        self.path, self.format, self.where, self.limits = path, format, where, limits
+        self.category, self.model = category, model
+        self.answers = Path(answers) if answers is not None else None
+        self.bytes_taken = 0
+
+    def line_bytes(self, format: Format) -> int:
+        return self.limits.line_bytes or LINE_BYTES.get(format, max(LINE_BYTES.values()))
+
+    def take(self, size: int) -> None:
+        self.bytes_taken += size
+        if self.bytes_taken > self.limits.total_bytes:
+            raise Reject(Reason.TOO_MUCH_DATA, f"the data set has more than {self.limits.total_bytes} bytes; the rest is not read")
+
+
+def _read_all(reading: _Reading) -> Iterator[Finding]:
+    for file in _files(reading.path):
+        if isinstance(file, Rejection):
+            yield file
+            continue
+        yield from _read_file(file, reading)
+        if reading.bytes_taken > reading.limits.total_bytes:
+            return
+
+
+def _files(path: Path) -> Iterator[Path | Rejection]:
+    """Files in name order. Linked folders are not entered: they could lead outside, or in circles."""
+    if not path.is_dir():
+        yield path
+        return
+    found = False
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)
+        for name in sorted(names):
+            if name.startswith(".") or name in SKIPPED_FILES:
+                continue
+            found = True
+            yield Path(folder, name)
+    if not found:
+        yield Rejection(str(path), 0, Reason.EMPTY_FILE, "the folder holds no files")
+
+
+def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
+    number, format, seen = 0, reading.format, False
+    parse: ToExample | None = None
+    try:
+        _check_extension(file, format)
+        line_bytes = reading.line_bytes(format)
+        for number, line in lines(file, line_bytes=line_bytes, expansion_ratio=reading.limits.expansion_ratio):
+            reading.take(len(line) if isinstance(line, bytes) else int(line))
+            try:
+                record = _decoded(line, first=not seen, limits=reading.limits, line_bytes=line_bytes)
+                seen = True
+                if parse is None:
+                    format = _detected(record) if format == "auto" else format
+                    _check_extension(file, format)
+                    line_bytes = reading.line_bytes(format)
+                    parse = _parser(format, file, reading)
+                if len(line) > line_bytes:
+                    raise Reject(Reason.LINE_TOO_LONG, f"has {len(line)} bytes; {format} allows {line_bytes}")
+                example = parse(record, f"{file}:{number}")
+                if not matches(reading.where, example.metadata):
+                    raise Reject(Reason.FILTERED_OUT, "does not match the metadata filter")
+            except Reject as error:
+                if error.reason in WHOLE_FILE:
+                    raise
+                seen = True
+                yield error.at(file, number)
+                continue
+            yield example
+            for reason, message in advice(example):
+                yield DataWarning(str(file), number, reason, message)
+        if not seen:
+            raise Reject(Reason.EMPTY_FILE, "holds no record")
+    except Reject as error:
+        yield error.at(file, number if error.reason in CUTS else 0)
+
+
+def _decoded(line: bytes | TooLong, *, first: bool, limits: ReadLimits, line_bytes: int) -> dict[str, Any]:
+    if isinstance(line, TooLong):
+        raise Reject(Reason.LINE_TOO_LONG, f"has {int(line)} bytes; {line_bytes} are allowed")
+    if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Reject(Reason.INVALID_UTF8, "is UTF-16 text")
+    try:
+        value = decode(line, depth=limits.depth)
+    except Reject as error:
+        if first and error.reason is Reason.INVALID_JSON and line.rstrip(b" \t,") in (b"[", b"{", b"[{"):
+            raise Reject(Reason.NOT_JSON_LINES, "is one JSON document over several lines") from None
+        raise
+    if first and isinstance(value, list) and value and isinstance(value[0], dict):
+        raise Reject(Reason.NOT_JSON_LINES, "is one JSON list; records must stand on lines of their own")
+    if not isinstance(value, dict):
+        raise Reject(Reason.NOT_AN_OBJECT, f"is {type_name(value)}")
+    return value
+
+
+def _detected(record: Mapping[str, Any]) -> Format:
+    """The format of a record by the members that only it has."""
+    if "schemaVersion" in record and "messages" in record:
+        return "bedrock"
+    if record.get("schemaType") == "ModelInvocationLog" or {"modelId", "input", "output"} <= record.keys():
+        return "invocation_logs"
+    if "question" in record and "function" in record:
+        return "bfcl"
+    if isinstance(messages := record.get("messages"), list):
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        blocks = first.get("content")
+        # Only OpenAI's content blocks have to say their type.
+        if isinstance(blocks, list) and blocks and isinstance(blocks[0], dict) and "type" not in blocks[0]:
+            return "bedrock"
+        return "bedrock" if "system" in record else "openai"
+    if "schemaVersion" in record:
+        return "bedrock"
+    raise Reject(Reason.UNKNOWN_FORMAT, f"no known format has the members {excerpt(', '.join(record) or '(none)')}")
+
+
+def _parser(format: Format, file: Path, reading: _Reading) -> ToExample:
+    limits, category = reading.limits, reading.category
+    if format == "bedrock":
+        return lambda record, source: bedrock.to_example(record, limits, category or "", source)
+    if format == "openai":
+        return lambda record, source: openai_chat.to_example(record, limits, category or "", source)
+    if format == "invocation_logs":
+        log = invocation_logs.Log(file, reading.path, limits, reading.model)
+        return lambda record, source: invocation_logs.to_example(record, log, category or "", source)
+    answers = bfcl.Answers(reading.answers or bfcl.default_answers(file), limits, reading.line_bytes("bfcl"))
+    group = category or bfcl.default_category(file)
+    return lambda record, source: bfcl.to_example(record, answers, group, source)
+
+
+def _check_extension(file: Path, format: Format) -> None:
+    allowed = EXTENSIONS.get(format, ANY_EXTENSION)
+    if not file.name.lower().endswith(allowed):
+        raise Reject(Reason.WRONG_EXTENSION, f"{format} files end in {' or '.join(allowed)}")
