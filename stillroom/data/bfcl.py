@@ -48,7 +48,7 @@ class Answers:
         for number, line in lines(path, line_bytes=line_bytes, expansion_ratio=self._limits.expansion_ratio):
             try:
                 if isinstance(line, TooLong):
-                    raise Reject(Reason.LINE_TOO_LONG, f"has {line} bytes")
+                    raise Reject(Reason.LINE_TOO_LONG, f"has {line.size} bytes")
                 row = decode(line, depth=self._limits.depth)
                 yield a_string(row, "id"), a_list(row, "ground_truth")
             except Reject as error:

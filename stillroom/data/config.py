@@ -6,11 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from stillroom.data.filters import check_filter
+
 Format = Literal["auto", "bedrock", "openai", "invocation_logs", "bfcl"]
 
 
 class ReadLimits(BaseModel, frozen=True, extra="forbid"):
-    """What one file may ask of the reader. Everything beyond is rejected with a reason, without being held in memory."""
+    """What one file may ask of the reader. What goes beyond is rejected with a reason, and never held in memory."""
 
     line_bytes: int | None = Field(default=None, ge=64)
     """Longest line, in bytes. None: 180 KiB for bedrock (a documented limit of that service), 1 MiB for the others."""
@@ -110,8 +112,6 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _filters_are_well_formed(self) -> Self:
-        from stillroom.data.filters import check_filter
-
         for source in self.sources:
             if source.where is not None:
                 check_filter(source.where)

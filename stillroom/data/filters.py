@@ -25,7 +25,7 @@ def check_filter(where: Any) -> None:
         raise ValueError(f"unknown filter operator {unknown[0]!r:.80}; valid: {', '.join(BASE + LISTS)}")
     if len(operators) != 1:
         given = ", ".join(operators) or "none"
-        raise ValueError(f"a metadata filter has exactly one operator, given: {given}; join several with andAll or orAll")
+        raise ValueError(f"a metadata filter has exactly one operator, not {given}; join several with andAll or orAll")
     name = operators[0]
     if name in BASE:
         _check_pair(name, where[name])

@@ -11,6 +11,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +22,14 @@ EXPANSION_GRACE_BYTES = 16 << 20  # a small file of repeated text may compress b
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-class TooLong(int):
-    """Stands for a line that was skipped: its length in bytes."""
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """Stands for a line that was skipped, of this many bytes."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
 
 
 def lines(path: Path, *, line_bytes: int, expansion_ratio: int) -> Iterator[tuple[int, bytes | TooLong]]:

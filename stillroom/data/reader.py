@@ -7,6 +7,7 @@ Repeats are not looked for here (that needs memory): `check` and `prepare` do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from stillroom.data.advice import advice
 from stillroom.data.config import Format, ReadLimits
 from stillroom.data.filters import check_filter, matches
 from stillroom.data.jsontext import decode
-from stillroom.data.lines import TooLong, lines
+from stillroom.data.lines import TooLong, lines, open_regular
+from stillroom.data.loose_json import read_loosely
 from stillroom.data.reasons import DataWarning, Reason, Reject, Rejection, excerpt
 from stillroom.data.shapes import type_name
 from stillroom.errors import ConfigError, DataError
@@ -31,8 +33,8 @@ EXTENSIONS = {
     "invocation_logs": (".json.gz", ".json", ".jsonl", ".jsonl.gz"),
     "bfcl": (".json", ".jsonl", ".json.gz", ".jsonl.gz"),
 }
-SKIPPED_FOLDERS = frozenset({"data", "possible_answer"})
-"""Not records: bodies that a log stores beside itself, and BFCL's answers."""
+SKIPPED_FOLDERS = frozenset({"possible_answer"})
+"""BFCL's answers are read beside their questions."""
 
 SKIPPED_FILES = frozenset({"amazon-bedrock-logs-permission-check"})
 WHOLE_FILE = frozenset({Reason.NOT_JSON_LINES, Reason.WRONG_EXTENSION, Reason.TOO_MUCH_DATA})
@@ -104,7 +106,8 @@ class _Reading:
     def take(self, size: int) -> None:
         self.bytes_taken += size
         if self.bytes_taken > self.limits.total_bytes:
-            raise Reject(Reason.TOO_MUCH_DATA, f"the data set has more than {self.limits.total_bytes} bytes; the rest is not read")
+            message = f"the data set has more than {self.limits.total_bytes} bytes; the rest is not read"
+            raise Reject(Reason.TOO_MUCH_DATA, message)
 
 
 def _read_all(reading: _Reading) -> Iterator[Finding]:
@@ -126,7 +129,7 @@ def _files(path: Path) -> Iterator[Path | Rejection]:
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)
         for name in sorted(names):
-            if name.startswith(".") or name in SKIPPED_FILES:
+            if name.startswith(".") or name in SKIPPED_FILES or invocation_logs.is_body_file(folder, name):
                 continue
             found = True
             yield Path(folder, name)
@@ -141,7 +144,7 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
         _check_extension(file, format)
         line_bytes = reading.line_bytes(format)
         for number, line in lines(file, line_bytes=line_bytes, expansion_ratio=reading.limits.expansion_ratio):
-            reading.take(len(line) if isinstance(line, bytes) else int(line))
+            reading.take(len(line))
             try:
                 record = _decoded(line, first=not seen, limits=reading.limits, line_bytes=line_bytes)
                 seen = True
@@ -160,6 +163,8 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
                     raise
                 seen = True
                 yield error.at(file, number)
+                if error.reason is Reason.INVALID_JSON and isinstance(line, bytes):
+                    yield from _despite(line, file, number)
                 continue
             yield example
             for reason, message in advice(example):
@@ -168,11 +173,30 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
             raise Reject(Reason.EMPTY_FILE, "holds no record")
     except Reject as error:
         yield error.at(file, number if error.reason in CUTS else 0)
+        if error.reason is Reason.NOT_JSON_LINES:
+            yield from _despite(_beginning(file), file, 0)
+
+
+def _despite(text: bytes, file: Path, number: int) -> Iterator[DataWarning]:
+    """Faults beyond the form of a record that is not JSON: the service's documentation shows one with three."""
+    if b"bedrock-conver" not in text:
+        return
+    record = read_loosely(text.decode("utf-8", "replace").strip().removeprefix("["))
+    with contextlib.suppress(Reject):
+        if record is not None and isinstance(record[0], dict):
+            mended = {**record[0], "schemaVersion": bedrock.SCHEMA_VERSION}
+            for reason, message in advice(bedrock.to_example(mended, ReadLimits(), "", f"{file}:{number}")):
+                yield DataWarning(str(file), number, reason, message)
+
+
+def _beginning(file: Path) -> bytes:
+    with open_regular(file) as opened:
+        return opened.read(LINE_BYTES["bedrock"])
 
 
 def _decoded(line: bytes | TooLong, *, first: bool, limits: ReadLimits, line_bytes: int) -> dict[str, Any]:
     if isinstance(line, TooLong):
-        raise Reject(Reason.LINE_TOO_LONG, f"has {int(line)} bytes; {line_bytes} are allowed")
+        raise Reject(Reason.LINE_TOO_LONG, f"has {line.size} bytes; {line_bytes} are allowed")
     if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise Reject(Reason.INVALID_UTF8, "is UTF-16 text")
     try:
@@ -194,7 +218,7 @@ def _detected(record: Mapping[str, Any]) -> Format:
         return "bedrock"
     if record.get("schemaType") == "ModelInvocationLog" or {"modelId", "input", "output"} <= record.keys():
         return "invocation_logs"
-    if "question" in record and "function" in record:
+    if isinstance(record.get("question"), list) and "id" in record:
         return "bfcl"
     if isinstance(messages := record.get("messages"), list):
         first = messages[0] if messages and isinstance(messages[0], dict) else {}

@@ -35,23 +35,23 @@ class Reason(StrEnum):
     # The file as a whole.
     EMPTY_FILE = "empty_file", "Put one JSON object on each line, or leave the file out."
     WRONG_EXTENSION = "wrong_extension", "Rename the file to what its format uses: .jsonl (logs: .json.gz)."
-    NOT_A_FILE = "not_a_file", "Give a regular file or a folder; pipes, devices and broken or looping links are not read."
+    NOT_A_FILE = "not_a_file", "Give a regular file or a folder; pipes, devices and broken links are not read."
     UNREADABLE = "unreadable_file", "Check that the file is still there and that you may read it."
-    NOT_JSON_LINES = "not_json_lines", "Write one object per line, without an enclosing list: `jq -c '.[]' in.json > out.jsonl`."
-    TRUNCATED_GZIP = "truncated_gzip", "The file ends in the middle; copy it again. The records before the cut were read."
+    NOT_JSON_LINES = "not_json_lines", "Write one object per line and no list around them: `jq -c '.[]' in > out`."
+    TRUNCATED_GZIP = "truncated_gzip", "The file ends in the middle; copy it again. What stood before the cut was read."
     CORRUPT_GZIP = "corrupt_gzip", "The compressed data is damaged; copy it again and test it with `gzip -t`."
     GZIP_BOMB = "gzip_bomb", "The file expands beyond any real log; leave it out, or split it if it is genuine."
     TOO_MUCH_DATA = "too_much_data", "Split the data set, or raise the limit on total bytes."
-    UNKNOWN_FORMAT = "unknown_format", "Name the format (bedrock, openai, invocation_logs, bfcl), or add the fields that it requires."
+    UNKNOWN_FORMAT = "unknown_format", "Name the format, or add the members that it requires."
 
     # The line as text.
     LINE_TOO_LONG = "line_too_long", "Shorten the record, or raise the limit on the bytes of a line."
     INVALID_UTF8 = "invalid_utf8", "Save the file as UTF-8: `iconv -f latin1 -t utf-8 in > out`."
-    INVALID_JSON = "invalid_json", "Write the record with a JSON library; look for single quotes, missing commas and cut lines."
+    INVALID_JSON = "invalid_json", "Write the record with a JSON library; look for single quotes and cut lines."
     DUPLICATE_KEYS = "duplicate_keys", "Keep one of the equal keys: JSON readers disagree about which of them counts."
     TOO_DEEP = "too_deep", "Flatten the record; no prompt or tool needs this many levels."
-    NOT_A_NUMBER = "not_a_number", "Replace NaN, Infinity and numbers too large for a double by null or a string."
-    LONE_SURROGATE = "lone_surrogate", "A character was cut in half (\\ud800 to \\udfff alone); write the text again as UTF-8."
+    NOT_A_NUMBER = "not_a_number", "Replace NaN, Infinity and numbers beyond a double by null or text."
+    LONE_SURROGATE = "lone_surrogate", "A character was cut in half; write the text again from its source."
     NOT_AN_OBJECT = "not_an_object", "Each line must be one JSON object, {...}."
 
     # The record's form.
@@ -60,9 +60,12 @@ class Reason(StrEnum):
     UNKNOWN_FIELD = "unknown_field", "Remove the field, or correct its spelling; the format allows no others."
     WRONG_TYPE = "wrong_type", "Change the value to the type that the message names."
     NO_MESSAGES = "no_messages", "Add at least one message with the role user."
-    BAD_ROLE = "bad_role", "Use the roles that the format knows: user and assistant (OpenAI: system, developer and tool too)."
+    BAD_ROLE = "bad_role", "Use the roles that the format knows; the message names them."
     ROLES_NOT_ALTERNATING = "roles_not_alternating", "Start with the user, then alternate user and assistant."
-    MULTI_TURN = "multi_turn_not_supported", "Keep one user message and at most one answer, or choose a student that takes several turns."
+    MULTI_TURN = (
+        "multi_turn_not_supported",
+        "Keep one user message and at most one answer, or choose a student that takes several turns.",
+    )
     SYSTEM_BLOCKS = "several_system_blocks", "Join the system texts into one block."
     CONTENT_BLOCKS = "not_one_content_block", "Write exactly one text block per message."
     NON_TEXT = "non_text_content", "Remove images, documents, audio and video; distillation is text to text."
@@ -70,20 +73,26 @@ class Reason(StrEnum):
     NO_PROMPT = "no_prompt", "Add the question that the answer belongs to."
     BAD_TOOLS = "bad_tools", "Describe each tool with a name and a JSON Schema of its parameters."
     BAD_TOOL_CALL = "bad_tool_call", "Write each call with a name and its arguments as a JSON object."
-    NO_ANSWER = "no_answer", "Add the answer with the same id to the answers file, or set `use_answers: false` and no answers file."
+    NO_ANSWER = "no_answer", "Add the answer with the same id to the answers file."
     BAD_ANSWER = "bad_answer", "Write the answer as a list of {function: {parameter: [acceptable values]}}."
 
     # Invocation logs.
     NOT_A_LOG_RECORD = "not_a_log_record", "An invocation log record has modelId, operation, input and output."
-    UNKNOWN_OPERATION = "unknown_operation", "Only Converse, ConverseStream, InvokeModel and InvokeModelWithResponseStream are read."
-    UNKNOWN_BODY = "unknown_body_format", "This model's native body is not known; call it through Converse, which is logged in one form."
+    UNKNOWN_OPERATION = "unknown_operation", "Only Converse, InvokeModel and their streaming forms are read."
+    UNKNOWN_BODY = (
+        "unknown_body_format",
+        "This model's native body is not known; call it through Converse, which is logged in one form.",
+    )
     MISSING_BODY = "missing_body", "Turn on text delivery in the logging configuration, so that bodies are logged."
     BODY_NOT_FOUND = "body_not_found", "Copy the data/ folder of the log as well, with its structure."
     BODY_OUTSIDE = "body_outside_log", "The S3 path of the body leads out of the log's folder; it is not followed."
     CALL_FAILED = "call_failed", "The call failed (errorCode) or the model refused; leave it out."
     RESPONSE_TRUNCATED = "response_truncated", "The answer stopped at max_tokens; ask again with a higher limit."
-    NOT_THE_TEACHER = "not_the_teacher", "The record is another model's; only the teacher's own answers can be used as its answers."
-    FILTERED_OUT = "filtered_out", "The record does not match the metadata filter; nothing to change if that is what you meant."
+    NOT_THE_TEACHER = (
+        "not_the_teacher",
+        "The record is another model's; leave it out, or name that model as the teacher.",
+    )
+    FILTERED_OUT = "filtered_out", "The record does not match the metadata filter; change the filter if it should."
 
     # The data set as a whole.
     DUPLICATE_PROMPT = "duplicate_prompt", "The same prompt came before; keep one of them."
@@ -96,10 +105,14 @@ class Reason(StrEnum):
     )
     UNGROUNDED_ARGUMENT = (
         "ungrounded_argument",
-        "The answer uses a value that the prompt never names: a student learns to invent it. Add it to the prompt, or correct the answer.",
+        "The answer uses a value that the prompt never names: a student would learn to invent it. "
+        "Add it to the prompt, or correct the answer.",
     )
-    INVALID_ANSWER = "answer_not_a_valid_call", "The answer does not fit the tools as described; correct the call or the tool."
-    NOT_QUITE_JSON = "tools_not_valid_json", "The tools in the text are not valid JSON (single quotes?); write them with a JSON library."
+    INVALID_ANSWER = "answer_not_a_valid_call", "The answer does not fit the tools; correct the call or the tool."
+    NOT_QUITE_JSON = (
+        "tools_not_valid_json",
+        "The tools in the text are not valid JSON (single quotes?); write them with a JSON library.",
+    )
 
 
 WARNINGS = frozenset(
@@ -127,7 +140,8 @@ class Rejection:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the rejections file."""
-        return {"file": self.file, "line": self.line, "reason": self.reason.value, "message": self.message, "help": self.help}
+        place = {"file": self.file, "line": self.line}
+        return {**place, "reason": self.reason.value, "message": self.message, "help": self.help}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +159,8 @@ class DataWarning:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the rejections file, marked as a warning."""
-        return {
-            "file": self.file,
-            "line": self.line,
-            "warning": self.reason.value,
-            "message": self.message,
-            "help": self.help,
-        }
+        place = {"file": self.file, "line": self.line}
+        return {**place, "warning": self.reason.value, "message": self.message, "help": self.help}
 
 
 class Reject(DataError):

@@ -41,7 +41,8 @@ def no_others(record: Mapping[str, Any], allowed: frozenset[str], where: str = "
     if not record.keys() <= allowed:
         unknown = next(key for key in record if key not in allowed)
         names = ", ".join(sorted(allowed))
-        raise Reject(Reason.UNKNOWN_FIELD, f"{_path(where, excerpt(unknown))} is not part of the format; allowed: {names}")
+        message = f"{_path(where, excerpt(unknown))} is not part of the format; allowed: {names}"
+        raise Reject(Reason.UNKNOWN_FIELD, message)
 
 
 def parsed_tools(value: Any, where: str) -> tuple[ToolSpec, ...]:

@@ -92,7 +92,7 @@ def hold_out(groups: list[Group], name: Split, count: int, *, balance: bool) -> 
             chosen += [item for item in each.members if item.may_evaluate]
             wanted.take(size)
     # Not filled: cut groups, those first that lose least.
-    for each in sorted(remaining, key=lambda g: (wanted.lost(g.by_category()) + (len(g.members) > 50), g.rank)):
+    for each in sorted(remaining, key=lambda each: (wanted.lost(each.by_category()), each.rank)):
         if wanted.filled():
             break
         taken = [item for item in each.members if item.may_evaluate and wanted.takes(item.example.category)]
@@ -102,7 +102,7 @@ def hold_out(groups: list[Group], name: Split, count: int, *, balance: bool) -> 
     if not wanted.filled():
         raise NotEnoughData(
             f"{name}: {count} records are wanted, {len(chosen)} can be held out; still missing: {wanted.missing()}.\n"
-            f"help: lower data.{name}, raise data.max_prompt_tokens, add sources, or set data.balance or data.group_by off."
+            f"help: lower data.{name}, raise data.max_prompt_tokens, add sources, or turn data.balance or group_by off."
         )
     return sorted(chosen, key=lambda item: item.key), remaining
 
@@ -120,7 +120,7 @@ def choose_training(pool: Sequence[Item], count: int | None, seed: int, *, balan
         return pool
     if len(pool) < count:
         raise NotEnoughData(
-            f"training: {count} records are wanted, {len(pool)} remain after holding out and removing near-duplicates.\n"
+            f"train: {count} records are wanted, {len(pool)} remain after holding out and removing near-duplicates.\n"
             "help: lower data.train (or set it to null for all), or add sources."
         )
     if not balance:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stillroom.engines.cache import AnswerCache, answer_key
     from stillroom.engines.config import BudgetConfig, ModelConfig, Price, RetryConfig
     from stillroom.engines.opening import open_model
-    from stillroom.engines.recording import Entry, write_recording
+    from stillroom.engines.recording import Entry, ModelInfo, write_recording
 
 _WHERE = {
     "AnswerCache": "cache",
@@ -25,6 +25,7 @@ _WHERE = {
     "Engine": "base",
     "Entry": "recording",
     "ModelConfig": "config",
+    "ModelInfo": "recording",
     "Price": "config",
     "Request": "asking",
     "RetryConfig": "config",
@@ -43,6 +44,7 @@ __all__ = [
     "Engine",
     "Entry",
     "ModelConfig",
+    "ModelInfo",
     "Price",
     "Request",
     "RetryConfig",

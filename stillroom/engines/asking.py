@@ -26,6 +26,7 @@ from stillroom.errors import ModelError, ModelUnavailable, NotRecorded
 from stillroom.schema import ChatModel, Completion, GenerateParams, Message, ToolSpec, prompt_digest
 
 T = TypeVar("T")
+DEFAULT_PARAMS = GenerateParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Request:
 
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...] = ()
-    params: GenerateParams = GenerateParams()
+    params: GenerateParams = DEFAULT_PARAMS
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ async def ask_async(
     identity = identity_of(model)
     keys = [answer_key(identity, request.messages, request.tools, request.params) for request in requests]
     unique = dict(zip(keys, requests, strict=True))
-    workers = concurrency or getattr(model, "concurrency", 8)
+    workers = int(concurrency or getattr(model, "concurrency", None) or 8)
     if budget is not None:
         budget.account = budget.account or identity
         if cache is not None:
@@ -219,9 +220,7 @@ class _Run:
                 self.budget.release(*held)
             raise
         if self.cache is not None:
-            self.cache.put(
-                key, answer, prompt=prompt_digest(request.messages, request.tools), account=self.account
-            )
+            self.cache.put(key, answer, prompt=prompt_digest(request.messages, request.tools), account=self.account)
         self.results[key] = answer
         tokens = answer.input_tokens + answer.output_tokens
         if self.budget is not None:

@@ -40,7 +40,7 @@ class Budget:
     def estimate(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], params: GenerateParams, price: Price
     ) -> tuple[int, float]:
-        """The most that a call should take, as (tokens, US dollars): the prompt by its length, the answer at its cap."""
+        """The most a call should take, as (tokens, US dollars): the prompt by its length, the answer at its cap."""
         prompt = int(self._plain_estimate(messages, tools) * self._ratio) + 1
         return prompt + params.max_tokens, price.usd(prompt, params.max_tokens)
 

@@ -36,12 +36,11 @@ FILE = "answers.jsonl"
 READ_BYTES = 4 * 2**20
 
 
-def answer_key(
-    identity: str, messages: Sequence[Message], tools: Sequence[ToolSpec], params: GenerateParams
-) -> str:
+def answer_key(identity: str, messages: Sequence[Message], tools: Sequence[ToolSpec], params: GenerateParams) -> str:
     """What identifies an answer: who is asked (`Engine.identity`), what, and with which settings; 64 hex digits."""
     settings = {name: getattr(params, name) for name in GenerateParams.__slots__}
-    return digest({"model": identity, "prompt": prompt_digest(messages, tools), "params": {**settings, "stop": [*params.stop]}})
+    question = {"prompt": prompt_digest(messages, tools), "params": {**settings, "stop": [*params.stop]}}
+    return digest({"model": identity, **question})
 
 
 class AnswerCache:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 
 EngineName = Literal["transformers", "llama.cpp", "openai", "bedrock", "recorded"]
 ToolFormat = Literal["auto", "native", "python"]
+Feature = Literal["grammar", "strict_tools", "json_schema", "seed", "max_completion_tokens"]
 
 # What each engine cannot do without; `open_model` relies on it.
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -53,7 +54,7 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     """The model's id at the endpoint."""
 
     chat_template: str | None = None
-    """A Jinja chat template (a file) used in place of the model's own."""
+    """A chat template in place of the model's own: one that we ship (`chatml-tools`), or a `.jinja` file."""
 
     tool_format: ToolFormat = "auto"
     """How tools are shown: `native`, by the model's chat template or the endpoint's `tools`; `python`, in a system
@@ -77,9 +78,10 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     extra_body: dict[str, Any] = {}
     """openai, bedrock: further members of the request body (`additionalModelRequestFields` for bedrock)."""
 
-    supports: tuple[Literal["grammar", "json_schema", "strict_tools", "seed"], ...] = ("seed",)
-    """openai: what the server honours beyond the plain API. `grammar`: GBNF (llama.cpp); `json_schema`:
-    `response_format`; `strict_tools`: strict function schemas. Constrained requests need one of these."""
+    supports: tuple[Feature, ...] = ("seed",)
+    """openai: what the server honours beyond the plain API. `grammar`: a GBNF in the request (llama.cpp's server);
+    `strict_tools`: strict function schemas with `tool_choice: required`; `json_schema`: a `response_format`.
+    Constrained requests need one of these three, taken in this order. `max_completion_tokens`: the newer name."""
 
     concurrency: int | None = Field(default=None, ge=1)
     """Requests under way at once; by default what suits the engine."""
@@ -115,7 +117,7 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     def _complete(self) -> ModelConfig:
         for needed in _NEEDS[self.engine]:
             if not getattr(self, needed):
-                raise ValueError(f"engine {self.engine!r} needs `{needed}`.\nhelp: add `{needed}: ...` beside `engine`.")
+                raise ValueError(f"engine {self.engine!r} needs `{needed}`; add `{needed}: ...` beside `engine`")
         return self
 
 

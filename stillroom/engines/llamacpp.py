@@ -128,15 +128,13 @@ class LlamaCppModel(Engine):
 
 def _chat_template(config: ModelConfig, metadata: dict[str, Any]) -> ChatTemplate:
     if config.chat_template is not None:
-        try:
-            source = Path(config.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(f"cannot read the chat template {config.chat_template}: {error.strerror}.") from error
-        where = f"chat template {config.chat_template}"
+        from stillroom.models import chat_template_text
+
+        source, where = chat_template_text(config.chat_template), "chat template given"
     else:
-        source, where = metadata.get("tokenizer.chat_template"), f"chat template of {config.path}"
+        source, where = str(metadata.get("tokenizer.chat_template") or ""), f"chat template of {config.path}"
     if not source:
-        raise ModelError(f"{config.path} carries no chat template.\nhelp: give one as `chat_template: path/to/it.jinja`.")
+        raise ModelError(f"{config.path} carries no chat template.\nhelp: give one as `chat_template: it.jinja`.")
     return ChatTemplate(source, bos=special_token(metadata, "bos"), eos=special_token(metadata, "eos"), where=where)
 
 

@@ -1,6 +1,7 @@
-"""The system prompt that shows tools to a model whose chat template does not know them (`tool_format: python`).
+"""The system prompts that show tools to a model whose chat template or server does not know them.
 
-The text decides the answers, so its digest, `PYTHON_PROMPT`, is part of what identifies an answer.
+`tool_format: python` asks for `[f(a=1)]`; the JSON form is for servers that constrain answers by a JSON
+schema only. The text decides the answers, so its digest is part of what identifies an answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ PYTHON_TOOLS = (
     "call that serves the question, and nothing else, in the form [func_name(param=value, ...)]. Use only the "
     "functions listed, with every required parameter. Here are the functions in JSON:\n"
 )
+JSON_TOOLS = (
+    "Answer the question with calls of the functions below and nothing else, in the form "
+    '{"calls": [{"name": function, "arguments": {parameter: value}}]}. Here are the functions in JSON:\n'
+)
 PYTHON_PROMPT = digest({"instruction": PYTHON_TOOLS, "layout": 1})
+JSON_PROMPT = digest({"instruction": JSON_TOOLS, "layout": 1})
 
 
 def with_python_tools(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> tuple[Message, ...]:
@@ -23,11 +29,20 @@ def with_python_tools(messages: Sequence[Message], tools: Sequence[ToolSpec]) ->
 
     A system message of the conversation's own comes first. Without tools the conversation is unchanged but for calls.
     """
+    return _with_tools(messages, tools, PYTHON_TOOLS)
+
+
+def with_json_tools(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> tuple[Message, ...]:
+    """The same, asking for calls as JSON."""
+    return _with_tools(messages, tools, JSON_TOOLS)
+
+
+def _with_tools(messages: Sequence[Message], tools: Sequence[ToolSpec], instruction: str) -> tuple[Message, ...]:
     rest = [_as_text(message) for message in messages if message.role != "system"]
     own = [message.content for message in messages if message.role == "system"]
     if not tools:
         return (*(Message("system", text) for text in own), *rest)
-    listing = PYTHON_TOOLS + "\n".join(json.dumps(to_dict(tool), ensure_ascii=False) for tool in tools)
+    listing = instruction + "\n".join(json.dumps(to_dict(tool), ensure_ascii=False) for tool in tools)
     return (Message("system", "\n\n".join([*own, listing])), *rest)
 
 

@@ -57,8 +57,8 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid"):
     constrain: bool = True
     """At its best, restrict the answer to valid calls of the given tools (function calling only)."""
 
-    concurrency: int = Field(default=8, ge=1)
-    """Questions in flight; a local engine answers that many in one batch."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Questions in flight; by default what suits the model's engine."""
 
     latency_calls: int = Field(default=30, ge=0)
     """Unbatched calls that latency is measured over; 0 leaves latency out, fewer than 30 are refused."""

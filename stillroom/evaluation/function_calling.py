@@ -13,25 +13,30 @@ from stillroom.errors import DataError, ParseError
 from stillroom.evaluation.results import ItemResult
 from stillroom.evaluation.scoring import CUT_OFF, Verdict
 from stillroom.schema import Completion, Example, ToolCall, to_dict
-from stillroom.toolcalls import match, parse_calls, validate_calls
+from stillroom.toolcalls import golden_call, match, parse_calls, validate_calls
+
+NO_CALL = "no_call"
+"""Failure kind: the answer is prose where a call was wanted."""
 
 UNPARSEABLE = "unparseable"
-"""Failure kind: the text holds no call that could be read."""
+"""Failure kind: the answer starts to call something, but cannot be read."""
 
 
 class FunctionCalling:
     """BFCL's semantics: function, required parameters, types and values; see `toolcalls.match`."""
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Every example must say what is expected."""
-        missing = [example for example in examples if not isinstance(example.expected, list | tuple)]
-        if missing:
-            first = missing[0]
-            raise DataError(
-                f"{len(missing)} of {len(examples)} held-out examples have no expected calls; the first is "
-                f"{first.id!r} ({first.source or 'unknown source'}).\n"
-                "help: hold out golden records only, or give BFCL's possible answers beside the questions."
-            )
+        """Every example must say what is expected, in terms of its own tools."""
+        for example in examples:
+            if "relevance" in example.category:
+                continue  # whether anything is called is all that counts
+            try:
+                golden_call(example.expected, example.tools)
+            except DataError as error:
+                raise DataError(
+                    f"held-out example {example.id!r} ({example.source or 'unknown source'}) cannot be scored: {error}\n"
+                    "help: hold out golden records only, or give BFCL's possible answers beside the questions."
+                ) from None
 
     def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict per answer, in order."""
@@ -39,24 +44,27 @@ class FunctionCalling:
 
     def extra(self, items: Sequence[ItemResult]) -> dict[str, Any]:
         """How many answers held a readable call."""
-        return {"readable": sum(item.kind not in (UNPARSEABLE, CUT_OFF) for item in items)}
+        return {"readable": sum(item.kind not in (NO_CALL, UNPARSEABLE, CUT_OFF) for item in items)}
 
 
 def _verdict(example: Example, completion: Completion) -> Verdict:
-    wants_none = example.category.endswith("irrelevance") or not example.expected
     try:
-        calls = read_calls(completion)
+        calls: tuple[ToolCall, ...] | None = read_calls(completion)
+        unread = ""
     except ParseError as error:
-        if wants_none and completion.finish_reason != "length":
-            return Verdict(True, 1.0, valid=True)
-        kind = CUT_OFF if completion.finish_reason == "length" else UNPARSEABLE
-        return Verdict(False, 0.0, kind, str(error), valid=False)
-    valid = not validate_calls(calls, example.tools)
+        calls, unread = None, str(error)
+        kind = NO_CALL if getattr(error, "kind", "") == NO_CALL else UNPARSEABLE
+        if completion.finish_reason == "length" and kind == UNPARSEABLE:
+            kind = CUT_OFF  # it might have become a call
     found = match(calls, example.expected, example.tools, example.category)
+    if calls is None:
+        # As BFCL has it: what cannot be read calls nothing, which is right where nothing was to be called.
+        return Verdict(True, 1.0, valid=True) if found.ok else Verdict(False, 0.0, kind, unread, valid=False)
+    valid = not validate_calls(calls, example.tools)
     plain = tuple(to_dict(call) for call in calls)
     if found.ok:
         return Verdict(True, 1.0, valid=valid, calls=plain)
-    return Verdict(False, 0.0, found.kind, found.detail, str(found.path), valid=valid, calls=plain)
+    return Verdict(False, 0.0, found.kind, found.detail, found.path, valid=valid, calls=plain)
 
 
 def read_calls(completion: Completion) -> tuple[ToolCall, ...]:

@@ -7,7 +7,6 @@ the same for every engine, on prompts that the engine has not just read.
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from stillroom import telemetry
+from stillroom.engines.asking import run_async
 from stillroom.errors import ConfigError, NotEnoughData
 from stillroom.evaluation.config import EvalConfig
 from stillroom.evaluation.statistics import Interval, median_interval, percentile
@@ -78,7 +78,7 @@ def measure_speed(
         )
     if not examples:
         raise NotEnoughData("there are no examples to measure latency on.")
-    return asyncio.run(_measure(model, examples, config, max_tokens, in_process))
+    return run_async(_measure(model, examples, config, max_tokens, in_process))
 
 
 async def _measure(

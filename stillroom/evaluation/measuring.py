@@ -12,11 +12,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stillroom.engines import AnswerCache, AskStats, Request, ask
 from stillroom.errors import ModelError, ModelRefused, NotEnoughData, NotRecorded
 from stillroom.evaluation.config import EvalConfig
 from stillroom.evaluation.few_shot import with_shots
 from stillroom.evaluation.results import ItemResult, Result
 from stillroom.evaluation.scoring import REFUSED, Scorer, Verdict, scorer_for
+from stillroom.evaluation.wording import clean
 from stillroom.schema import ChatModel, Completion, Example, GenerateParams
 
 _MINIMUM_CAP = 16
@@ -47,7 +49,6 @@ def evaluate(
     best: bool = False,
     shots: Sequence[Example] = (),
     judge: ChatModel | None = None,
-    concurrency: int | None = None,
     budget: Any = None,
     label: str | None = None,
 ) -> Result:
@@ -59,7 +60,6 @@ def evaluate(
         best: show `shots` in the prompt and, for function calling, constrain calls to the schema.
         shots: training examples from `choose_shots`, the same for every model; used only with `best`.
         judge: free text: the model that judges.
-        concurrency: questions in flight; by default the config's.
         budget: `engines.Budget` for a paid model.
         label: what the progress line says.
 
@@ -80,7 +80,17 @@ def evaluate(
     params = GenerateParams(max_tokens=max_tokens, seed=config.seed, constrain=constrain)
     shown = tuple(shots) if best else ()
     started = time.monotonic()
-    found = _ask(model, examples, config, params, shown, answers, concurrency, budget, label or f"evaluate {model.name}")
+    requests = [Request(with_shots(item.messages, shown, config.task), item.tools, params) for item in examples]
+    cache, stats = AnswerCache(answers) if isinstance(answers, str | Path) else answers, AskStats()
+    found = ask(
+        model,
+        requests,
+        cache=cache,
+        concurrency=config.concurrency,
+        budget=budget,
+        label=label or f"evaluate {model.name}",
+        stats=stats,
+    )
     answered, unanswered = _sort_out(model, examples, found)
     items = _items(scorer, answered)
     return Result(
@@ -93,30 +103,10 @@ def evaluate(
         shots=tuple(shot.id for shot in shown),
         constrained=constrain,
         seconds=time.monotonic() - started,
+        from_cache=stats.cached,
         confidence=config.confidence,
         extra=scorer.extra(items),
     )
-
-
-def _ask(
-    model: ChatModel,
-    examples: Sequence[Example],
-    config: EvalConfig,
-    params: GenerateParams,
-    shots: Sequence[Example],
-    answers: Any,
-    concurrency: int | None,
-    budget: Any,
-    label: str,
-) -> list[Completion | ModelError]:
-    from stillroom.engines import AnswerCache, Request, ask
-
-    requests = [
-        Request(with_shots(example.messages, shots, config.task), example.tools, params) for example in examples
-    ]
-    cache = AnswerCache(answers) if isinstance(answers, str | Path) else answers
-    more = {"budget": budget} if budget is not None else {}
-    return ask(model, requests, cache=cache, concurrency=concurrency or config.concurrency, label=label, **more)
 
 
 def _sort_out(
@@ -159,14 +149,14 @@ def _item(example: Example, completion: Completion, verdict: Verdict) -> ItemRes
     return ItemResult(
         id=example.id,
         category=example.category,
-        text=completion.message.content,
-        calls=verdict.calls,
+        text=clean(completion.message.content),
+        calls=tuple(clean(verdict.calls)),
         ok=verdict.ok,
         score=verdict.score,
         valid=verdict.valid,
         kind=verdict.kind,
-        detail=verdict.detail,
-        path=verdict.path,
+        detail=clean(verdict.detail),
+        path=clean(verdict.path),
         label=verdict.label,
         expected=example.expected,
         input_tokens=completion.input_tokens,
@@ -181,7 +171,7 @@ def _refused(example: Example, error: ModelRefused) -> ItemResult:
         id=example.id,
         category=example.category,
         kind=REFUSED,
-        detail=str(error),
+        detail=clean(str(error)),
         valid=False if example.tools else None,
         expected=example.expected,
         finish_reason="refused",

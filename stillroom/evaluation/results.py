@@ -55,7 +55,7 @@ class Result(BaseModel, frozen=True, extra="forbid"):
         variant: `plain`, or `best` (few-shot, constrained).
         max_tokens: the cap on an answer. shots: ids of the examples shown.
         unanswered: ids that a recorded model has no answer for; they are not counted anywhere.
-        seconds: wall time of this measuring; little where answers were found in the cache.
+        seconds: wall time of this measuring. from_cache: answers that were found stored, and took none of it.
         extra: further figures of the task (F1, ROUGE-L, the judge's own failures).
     """
 
@@ -68,6 +68,7 @@ class Result(BaseModel, frozen=True, extra="forbid"):
     shots: tuple[str, ...] = ()
     constrained: bool = False
     seconds: float = 0.0
+    from_cache: int = 0
     confidence: float = 0.95
     extra: dict[str, Any] = {}
 

@@ -121,7 +121,11 @@ def paired_difference(only_first: int, only_second: int, n: int, *, confidence: 
 
 
 def paired_mean_difference(
-    first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95, samples: int = BOOTSTRAP_SAMPLES,
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    samples: int = BOOTSTRAP_SAMPLES,
     seed: int = 0,
 ) -> tuple[Interval, float]:
     """Difference of two mean scores on the same items: percentile bootstrap interval, and sign-flip p-value.
@@ -171,24 +175,35 @@ def gap_closed(
             value=None, low=None, high=None, reason="no items", base=0, teacher=0, student=0, n=0, samples=0
         )
     means = [fmean(column) for column in zip(*rows, strict=True)]
-    known = {"base": means[0], "teacher": means[1], "student": means[2], "n": len(rows), "samples": samples}
+    known = GapClosed(
+        value=None,
+        low=None,
+        high=None,
+        reason="",
+        base=means[0],
+        teacher=means[1],
+        student=means[2],
+        n=len(rows),
+        samples=samples,
+    )
     value = _closed(means)
     if math.isnan(value):
         reason = f"the teacher ({means[1]:.3f}) does not lead the base ({means[0]:.3f}), so there is no gap to close"
-        return GapClosed(value=None, low=None, high=None, reason=reason, undefined_share=1.0, **known)
+        return known.model_copy(update={"reason": reason, "undefined_share": 1.0})
     drawn = _resample(rows, _closed, samples, seed)
     undefined = sum(map(math.isnan, drawn)) / samples
     low = _percentiles([-math.inf if math.isnan(x) else x for x in drawn], confidence)[0]
     high = _percentiles([math.inf if math.isnan(x) else x for x in drawn], confidence)[1]
     unbounded = math.isinf(low) or math.isinf(high)
     reason = f"the teacher fails to lead the base in {undefined:.0%} of the resamples" if unbounded else ""
-    return GapClosed(
-        value=value,
-        low=None if math.isinf(low) else low,
-        high=None if math.isinf(high) else high,
-        reason=reason,
-        undefined_share=undefined,
-        **known,
+    return known.model_copy(
+        update={
+            "value": value,
+            "low": None if math.isinf(low) else low,
+            "high": None if math.isinf(high) else high,
+            "reason": reason,
+            "undefined_share": undefined,
+        }
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stillroom.models.exporting import weights_bytes as weights_bytes
     from stillroom.models.loading import Loaded as Loaded
     from stillroom.models.loading import load as load
+    from stillroom.models.loading import load_tokenizer as load_tokenizer
     from stillroom.models.precision import Precision as Precision
     from stillroom.models.precision import pick_precision as pick_precision
     from stillroom.models.prompts import chat_template_text as chat_template_text
@@ -30,6 +31,7 @@ _HOMES = {
     "encode_target": "prompts",
     "export": "exporting",
     "load": "loading",
+    "load_tokenizer": "loading",
     "pick_precision": "precision",
     "target_text": "prompts",
     "weights_bytes": "exporting",

@@ -73,6 +73,26 @@ def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str
     return Loaded(model, tokenizer, name, _digest(weights), template, origin)
 
 
+def load_tokenizer(source: str | Path, *, chat_template: str | None = None) -> Any:
+    """The tokenizer alone, for counting: as `load` would give it, without reading the weights.
+
+    Raises:
+        ModelError, ConfigError: as `load`.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    path = Path(source).expanduser()
+    folder, arguments = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source} has no tokenizer that can be read: {error}") from error
+    if chat_template:
+        tokenizer.chat_template = chat_template_text(chat_template)
+    return tokenizer
+
+
 def _read(folder: Path, arguments: dict[str, Any], dtype: DTypeName, source: str | Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

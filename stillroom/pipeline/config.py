@@ -74,8 +74,5 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     evaluation: EvalConfig = EvalConfig()
     """How all three are measured."""
 
-    acknowledge: tuple[str, ...] = ()
-    """Licence conflicts that `stillroom plan` named and that you answer for, by their codes."""
-
     requires_gap: bool = False
     """Stop before training when the measured gap says that distillation is not worth it."""

@@ -18,8 +18,8 @@ from stillroom.toolcalls.limits import Limits
 
 SPACE = re.compile(r"[ \t\r\n]*+")
 # A tool's name may hold dots (Python, BFCL) and hyphens (OpenAI, Bedrock); a parameter's may be `Content-Type`.
-NAME = re.compile(r"\w[\w-]*+(?:\.\w[\w-]*+)*+")
-NUMBER = re.compile(r"-?+(?:\d++(?:_\d++)*+)?+(?:\.\d*+)?+(?:[eE][+-]?+\d++)?+", re.ASCII)
+NAME = re.compile(r"(?=\d*+[^\W\d])\w[\w-]*+(?:\.\w[\w-]*+)*+")
+NUMBER = re.compile(r"-?+(?:\d++(?:_\d++)*+(?:\.\d*+)?+|\.\d++)(?:[eE][+-]?+\d++)?+", re.ASCII)
 _PLAIN = {quote: re.compile(rf"[^{quote}\\\n\r\ud800-\udfff]*+") for quote in "\"'"}
 _PLAIN_TRIPLE = {quote: re.compile(rf"[^{quote}\\\ud800-\udfff]*+") for quote in "\"'"}
 _HEX = {"x": re.compile(r"[0-9a-fA-F]{2}"), "u": re.compile(r"[0-9a-fA-F]{4}"), "U": re.compile(r"[0-9a-fA-F]{8}")}
@@ -143,13 +143,14 @@ class Scanner:
         start = self.position
         self.position += self.text[start] == "+"
         found = NUMBER.match(self.text, self.position)
-        assert found is not None  # the pattern matches the empty text
+        if found is None:
+            self.fail("not a number", position=start)
         digits = found.group()
         if len(digits) > self.limits.number_chars:
-            self.fail(f"a number of {len(digits):,} characters; at most {self.limits.number_chars} are read", "too_large")
+            self.fail(f"a number of {len(digits):,} characters; at most {self.limits.number_chars} fit", "too_large")
         self.position = found.end()
         body = digits.removeprefix("-").replace("_", "")
-        if not body[:2].strip(".eE") or NAME.match(self.text, self.position):
+        if NAME.match(self.text, self.position):
             self.fail("not a number", position=start)
         if body.isdigit():
             if body[0] == "0" and body.strip("0"):

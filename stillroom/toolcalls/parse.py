@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from stillroom.schema import ToolCall
 from stillroom.toolcalls.limits import DEFAULT_LIMITS, Limits
@@ -33,6 +33,8 @@ _START = re.compile(
     rf"|(?m:^)[ \t]*+(?:{_OPENS}|\{{[ \t\r\n]*+[\"'](?:name|function|type)[\"'])"
 )
 _CALL_HERE = re.compile(_OPENS)
+_EMPTY = re.compile(r"\[[ \t\r\n]*+\]")
+_OBJECT_HERE = re.compile(r"\[?+[ \t\r\n]*+\{")
 
 
 def parse_calls(text: str, dialect: str = "auto", *, limits: Limits = DEFAULT_LIMITS) -> tuple[ToolCall, ...]:
@@ -67,24 +69,23 @@ def _auto(scanner: Scanner) -> list[ToolCall]:
         if end < 0:
             _no_call(scanner)
         scanner.position = end + len("</think>")
-    text, start = scanner.text, scanner.position
-    if text.find("<tool_call>", start) >= 0:
-        return _hermes(scanner)
-    if text.find(_PYTHON_TAG, start) >= 0 or _FUNCTION_TAG.search(text, start):
-        return _llama(scanner)
-    fences = [found for _, found in zip(range(3), _FENCE.finditer(text, start), strict=False)]
-    if len(fences) == 2:
-        return _fenced(scanner, fences[0].end(), fences[1].start())
     char = scanner.skip_space()
-    if _starts_calls(text, scanner.position, char):
-        calls = _calls_here(scanner)
-    else:
-        found = _START.search(text, scanner.position)
+    text, start = scanner.text, scanner.position
+    # What starts as calls is read as calls: tags and fences inside its strings mean nothing.
+    if not _starts_calls(text, start, char):
+        if text.find("<tool_call>", start) >= 0:
+            return _hermes(scanner)
+        if text.find(_PYTHON_TAG, start) >= 0 or _FUNCTION_TAG.search(text, start):
+            return _llama(scanner)
+        fences = [found for _, found in zip(range(3), _FENCE.finditer(text, start), strict=False)]
+        if len(fences) == 2:
+            return _fenced(scanner, fences[0].end(), fences[1].start())
+        found = _START.search(text, start)
         if found is None:
             _no_call(scanner)
         scanner.position = found.start()
         scanner.skip_space()
-        calls = _calls_here(scanner)
+    calls = _calls_here(scanner)
     _only_prose_follows(scanner)
     return calls
 
@@ -95,13 +96,12 @@ def _starts_calls(text: str, position: int, char: str) -> bool:
         return True
     if char == "[":
         # "[1] says that ..." is prose; "[]" says in so many words that nothing is called.
-        return _START.match(text, position) is not None or re.compile(r"\[\s*+\]").match(text, position) is not None
+        return _START.match(text, position) is not None or _EMPTY.match(text, position) is not None
     return _CALL_HERE.match(text, position) is not None
 
 
 def _calls_here(scanner: Scanner) -> list[ToolCall]:
-    found = re.compile(r"\[?+[ \t\r\n]*+\{").match(scanner.text, scanner.position)
-    return _json(scanner) if found else _python(scanner)
+    return _json(scanner) if _OBJECT_HERE.match(scanner.text, scanner.position) else _python(scanner)
 
 
 def _fenced(scanner: Scanner, start: int, end: int) -> list[ToolCall]:
@@ -123,7 +123,7 @@ def _only_prose_follows(scanner: Scanner) -> None:
     scanner.position = len(scanner.text)
 
 
-def _no_call(scanner: Scanner) -> Any:
+def _no_call(scanner: Scanner) -> NoReturn:
     scanner.fail("the text calls no tool", "no_call")
 
 
@@ -216,8 +216,6 @@ def _json(scanner: Scanner) -> list[ToolCall]:
         if not inner.take(","):
             inner.take(";")
         char = inner.skip_space()
-        if char in ("{", "["):
-            continue
     return calls
 
 
@@ -230,7 +228,9 @@ def _json_call(scanner: Scanner, item: Any, start: int, calls: list[ToolCall]) -
     _count(scanner, calls)
     if isinstance(item, dict) and isinstance(item.get("tool_calls"), list):
         for inner in item["tool_calls"]:
-            _json_call(scanner, inner, start, calls) if not _nests(inner) else _not_a_call(scanner, start)
+            if isinstance(inner, dict) and "tool_calls" in inner:
+                _not_a_call(scanner, start)
+            _json_call(scanner, inner, start, calls)
         return
     for wrapper in ("function", "toolUse"):
         if isinstance(item, dict) and isinstance(item.get(wrapper), dict):
@@ -248,11 +248,7 @@ def _json_call(scanner: Scanner, item: Any, start: int, calls: list[ToolCall]) -
     calls.append(ToolCall(item["name"], arguments))
 
 
-def _nests(item: Any) -> bool:
-    return isinstance(item, dict) and "tool_calls" in item
-
-
-def _not_a_call(scanner: Scanner, start: int) -> Any:
+def _not_a_call(scanner: Scanner, start: int) -> NoReturn:
     scanner.fail('not a call: expected an object with "name" and "arguments"', position=start)
 
 

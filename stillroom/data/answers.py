@@ -1,0 +1,82 @@
+"""Putting a conversation together: what of it is the prompt, what is the answer, and what scoring accepts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from stillroom.data.reasons import Reason, Reject
+from stillroom.schema import Example, Message, Origin, Target, ToolSpec
+
+ID_BYTES = 16
+
+
+def example_of(
+    messages: Sequence[Message],
+    tools: tuple[ToolSpec, ...],
+    category: str,
+    source: str,
+    *,
+    origin: Origin,
+    identity: str | None = None,
+    model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Example:
+    """An example of a conversation; an assistant's message at the end is taken off as the answer.
+
+    A golden answer is also what scoring accepts (`expected`): its calls, or its text. An example without
+    an id of its own is named by the digest of its prompt.
+
+    Raises:
+        Reject: nothing but answers is there.
+    """
+    prompt, answer = tuple(messages), None
+    if prompt and prompt[-1].role == "assistant":
+        prompt, answer = prompt[:-1], prompt[-1]
+    if not any(message.role == "user" for message in prompt):
+        raise Reject(Reason.NO_PROMPT, "has no message of the role user to answer")
+    targets = (Target(answer, origin, model),) if answer is not None else ()
+    return Example(
+        identity or PromptId(_digest(prompt, tools).hex()),
+        prompt,
+        tools,
+        targets,
+        _expected(answer) if answer is not None and origin == "golden" else None,
+        category,
+        source=source,
+        metadata=metadata or {},
+    )
+
+
+class PromptId(str):
+    """The id of an example that had none: the digest of its prompt, in hex."""
+
+    __slots__ = ()
+
+
+def prompt_key(example: Example) -> bytes:
+    """16 bytes that tell prompts apart: equal messages and tools give equal keys."""
+    # Digests are half of the cost of checking a record, so one that was made already is used again.
+    if isinstance(example.id, PromptId):
+        return bytes.fromhex(example.id)
+    return _digest(example.messages, example.tools)
+
+
+def _digest(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> bytes:
+    parts: list[Any] = []
+    for message in messages:
+        parts += (message.role, message.content)
+        if message.tool_calls:
+            parts.append([(call.name, call.arguments) for call in message.tool_calls])
+    if tools:
+        parts.append([(tool.name, tool.description, tool.parameters) for tool in tools])
+    return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=ID_BYTES).digest()
+
+
+def _expected(answer: Message) -> Any:
+    if not answer.tool_calls:
+        return answer.content
+    return [{call.name: {name: [value] for name, value in call.arguments.items()}} for call in answer.tool_calls]

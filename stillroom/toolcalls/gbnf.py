@@ -1,0 +1,235 @@
+"""A grammar of exactly the valid calls, for constrained decoding.
+
+The text is GBNF, llama.cpp's notation; llguidance reads the same text (`llguidance.grammar_from("gbnf", text)`)
+and turns it into a token mask for a Hugging Face tokenizer. It admits what `render_calls` writes: parameters in
+their declared order, required ones always, optional ones or not, enums as literals, one space after "," and ":".
+
+Promise: every text that it admits is read by `parse_calls` and passes `validate_calls`; every rendered valid
+call is admitted, except for numbers of more than 18 digits. Size and time are linear in the specification.
+Rules that match nothing at all are never written: llguidance refuses them where it makes one token class of a rule.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from stillroom.schema import ToolSpec
+from stillroom.toolcalls.literals import NAME
+from stillroom.toolcalls.render import render_value
+from stillroom.toolcalls.shapes import (
+    ANY,
+    Field,
+    List,
+    Literal,
+    Plain,
+    Record,
+    Reference,
+    Shape,
+    Union,
+    compile_parameters,
+)
+
+# What no string literal of the notation may hold as it is.
+_SPECIAL = re.compile(r'["\\\x00-\x1f\x7f]')
+
+_SCALARS: Final = {
+    # Control characters are written as JSON writes them; half surrogate pairs cannot be written at all.
+    "string": r'"\"" ( [^"\\\x00-\x1f] | "\\" ["\\bfnrt] | "\\u00" [01] [0-9a-f] )* "\""',
+    "integer": r'"-"? ( "0" | [1-9] [0-9]{0,17} )',
+    # Two digits of exponent keep every number within a float.
+    "number": r'"-"? ( "0" | [1-9] [0-9]{0,17} ) ( "." [0-9]{1,18} )? ( [eE] [-+]? [0-9]{1,2} )?',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Dialect:
+    """How a dialect writes what the others write differently."""
+
+    words: Mapping[Any, str]
+    value: Callable[[Any], str]
+    opening: str
+    closing: str
+    between: str
+
+
+_PYTHON_WORDS: Final = {True: "True", False: "False", None: "None"}
+_JSON_WORDS: Final = {True: "true", False: "false", None: "null"}
+
+
+def _json_value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_DIALECTS: Final = {
+    "python": _Dialect(_PYTHON_WORDS, render_value, "[", "]", ", "),
+    "json": _Dialect(_JSON_WORDS, _json_value, "[", "]", ", "),
+    "hermes": _Dialect(_JSON_WORDS, _json_value, "<tool_call>\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"),
+}
+
+
+def grammar(tools: Sequence[ToolSpec], dialect: str = "python", *, most_calls: int = 1) -> str:
+    """GBNF whose root is the text of one valid call, or of up to `most_calls`.
+
+    Args:
+        tools: what may be called; with none, the only text is the empty list `[]`.
+        dialect: `python`, `json` or `hermes`.
+        most_calls: more than one for prompts that ask for parallel calls.
+
+    Raises:
+        ValueError: the dialect is unknown, or `most_calls` is below 1.
+        DataError: a value of an enum cannot be written.
+    """
+    if dialect not in _DIALECTS:
+        raise ValueError(f"unknown dialect {dialect!r}; choose one of {', '.join(_DIALECTS)}")
+    if most_calls < 1:
+        raise ValueError(f"most_calls must be at least 1, but is {most_calls}")
+    if not tools:
+        return f"root ::= {_quoted('[]')}\n"
+    writer = _Writer(_DIALECTS[dialect], calls_as_python=dialect == "python")
+    names = [writer.tool(index, tool) for index, tool in enumerate(tools)]
+    style = writer.dialect
+    more = f" ( {_quoted(style.between)} call ){{0,{most_calls - 1}}}" if most_calls > 1 else ""
+    writer.rules["call"] = " | ".join(names)
+    root = f"root ::= {_quoted(style.opening)} call{more} {_quoted(style.closing)}\n"
+    return root + "".join(f"{name} ::= {body}\n" for name, body in writer.rules.items())
+
+
+class _Writer:
+    """Collects rules. Every method that writes a shape returns an expression to use in another rule."""
+
+    def __init__(self, dialect: _Dialect, *, calls_as_python: bool) -> None:
+        self.dialect, self.calls_as_python = dialect, calls_as_python
+        self.rules: dict[str, str] = {}
+        self.references: dict[str, str] = {}
+
+    def tool(self, index: int, tool: ToolSpec) -> str:
+        """The rule of one tool's calls."""
+        name = f"t{index}"
+        compiled = compile_parameters(tool.parameters)
+        self.references = {key: f"{name}-d{number}" for number, key in enumerate(compiled.named)}
+        if self.calls_as_python:
+            body = self._fields(compiled.root, name, self._argument, self._any_argument)
+            self.rules[name] = " ".join(filter(None, [_quoted(f"{tool.name}("), body, _quoted(")")]))
+        else:
+            start = f'{{"name": {_json_value(tool.name)}, "arguments": '
+            self.rules[name] = f"{_quoted(start)} {self._record(compiled.root, name)} {_quoted('}')}"
+        for key, shape in compiled.named.items():
+            rule = self.references[key]
+            self.rules[rule] = self._shape(shape, f"{rule}-x")
+        return name
+
+    # -- shapes -------------------------------------------------------------------------------------------
+
+    def _shape(self, shape: Shape, name: str) -> str:
+        if isinstance(shape, Plain):
+            return self._plain(shape.kind)
+        if isinstance(shape, Literal):
+            return _either([_quoted(self.dialect.value(value)) for value in shape.values])
+        if isinstance(shape, Union):
+            return _either([self._shape(each, f"{name}-{index}") for index, each in enumerate(shape.shapes)])
+        if isinstance(shape, Reference):
+            return self.references.get(shape.name) or self._plain("any")
+        if isinstance(shape, List):
+            return self._list(shape, name)
+        return self._record(shape, name)
+
+    def _plain(self, kind: str) -> str:
+        if kind == "null":
+            return _quoted(self.dialect.words[None])
+        if kind == "boolean":
+            return _either([_quoted(self.dialect.words[True]), _quoted(self.dialect.words[False])])
+        if kind in _SCALARS:
+            self.rules.setdefault(kind, _SCALARS[kind])
+            return kind
+        if "value" not in self.rules:
+            self.rules["value"] = ""  # taken before it is written, since lists and objects hold values
+            scalars = [self._plain(each) for each in ("string", "number", "boolean", "null")]
+            items, pairs = self._list(List(ANY), "value"), self._record(Record((), ANY), "value")
+            self.rules["value"] = " | ".join([*scalars, items, pairs])
+        return "value"
+
+    def _list(self, shape: List, name: str) -> str:
+        if shape.most == 0:
+            return _quoted("[]")
+        item = self._named(f"{name}-i", self._shape(shape.items, f"{name}-i"))
+        least = max(shape.least - 1, 0)
+        most = "" if shape.most is None else max(shape.most - 1, least)
+        body = f"{item} ( {_quoted(', ')} {item} ){{{least},{most}}}"
+        return _around("[", f"( {body} )?" if shape.least == 0 else body, "]")
+
+    def _record(self, shape: Record, name: str) -> str:
+        return _around("{", self._fields(shape, name, self._pair, self._any_pair), "}")
+
+    # -- fields: of a call or of an object ----------------------------------------------------------------
+
+    def _fields(
+        self, shape: Record, name: str, one: Callable[[Field, str], str], others: Callable[[Shape], str]
+    ) -> str:
+        """The fields in order, optional ones or not, with ", " between those that are there; may be nothing."""
+        comma = _quoted(", ")
+        rules = [(self._named(f"{name}-f{i}", one(f, f"{name}-f{i}")), f.required) for i, f in enumerate(shape.fields)]
+        if shape.others is not None:
+            other = self._named(f"{name}-o", others(shape.others))
+            rules.append((self._named(f"{name}-os", f"{other} ( {comma} {other} )*"), False))
+        first = next((index for index, (_, required) in enumerate(rules) if required), None)
+        if first is None:
+            return self._all_optional([rule for rule, _ in rules], name)
+        before = [f"( {rule} {comma} )?" for rule, _ in rules[:first]]
+        after = [f"{comma} {rule}" if required else f"( {comma} {rule} )?" for rule, required in rules[first + 1 :]]
+        return " ".join([*before, rules[first][0], *after])
+
+    def _all_optional(self, rules: Sequence[str], name: str) -> str:
+        """Any of the rules in order: the first that is there, then the tails after it, each a rule of its own."""
+        comma = _quoted(", ")
+        tail = ""
+        starts: list[str] = []
+        for index in range(len(rules) - 1, -1, -1):
+            follow = f" ( {tail} )?" if tail else ""
+            starts.insert(0, f"{rules[index]}{follow}")
+            if index > 0:
+                rest = f" | {tail}" if tail else ""
+                self.rules[f"{name}-r{index}"] = f"{comma} {rules[index]}{follow}{rest}"
+                tail = f"{name}-r{index}"
+        return f"( {' | '.join(starts)} )?" if starts else ""
+
+    def _argument(self, field: Field, name: str) -> str:
+        value = self._shape(field.shape, name)
+        if NAME.fullmatch(field.name):
+            return f"{_quoted(field.name + '=')} {value}"
+        return f"{_quoted(f'**{{{_json_value(field.name)}: ')} {value} {_quoted('}')}"
+
+    def _any_argument(self, shape: Shape) -> str:
+        return f"[a-zA-Z_] [a-zA-Z0-9_]* {_quoted('=')} {self._shape(shape, 'other')}"
+
+    def _pair(self, field: Field, name: str) -> str:
+        return f"{_quoted(_json_value(field.name) + ': ')} {self._shape(field.shape, name)}"
+
+    def _any_pair(self, shape: Shape) -> str:
+        return f"{self._plain('string')} {_quoted(': ')} {self._shape(shape, 'other')}"
+
+    def _named(self, name: str, body: str) -> str:
+        """A rule for an expression that is used more than once; one that is a rule's name already stays it."""
+        if body in self.rules:
+            return body
+        self.rules[name] = body
+        return name
+
+
+def _either(alternatives: Sequence[str]) -> str:
+    return alternatives[0] if len(alternatives) == 1 else f"( {' | '.join(alternatives)} )"
+
+
+def _around(opening: str, body: str, closing: str) -> str:
+    return " ".join(filter(None, [_quoted(opening), body, _quoted(closing)]))
+
+
+def _quoted(text: str) -> str:
+    """Text as a literal of the notation."""
+    return '"' + _SPECIAL.sub(lambda found: _ESCAPES.get(found.group(), f"\\x{ord(found.group()):02x}"), text) + '"'
+
+
+_ESCAPES: Final = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
