@@ -3,7 +3,7 @@
 Records are made up after real ones: system prompts that repeat (a third of them describe tools), user
 texts of 100 to 3,000 characters, a third with an answer (half of these tool calls), 2 % bad in ten ways
 and 1 % repeats. Each size is checked in a fresh process; the rate is that of the larger, all of
-`check` included, with the rejections listed on disk.
+`check` included, with the rejections listed on disk and the page written.
 
 Floor: reading the lines and parsing them with orjson, without looking at what they say.
 """
@@ -35,7 +35,7 @@ import json, resource, sys, time
 from stillroom.data import check
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 started = time.perf_counter()
-found = check(sys.argv[1], list_to=sys.argv[2])
+found = check(sys.argv[1], out=sys.argv[2])
 seconds = time.perf_counter() - started
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"seconds": seconds, "peak_mib": peak, "started_mib": imported,
@@ -65,7 +65,7 @@ def main() -> None:
                 out.writelines(records(size))
             print(f"{size:,} records, {file.stat().st_size / 2**20:.1f} MiB")
             for _ in range(REPEATS):
-                sample = child(CHILD, file, Path(folder, "listed.jsonl"))
+                sample = child(CHILD, file, Path(folder, "found"))
                 samples[size].append(sample)
                 print(f"  check {size / sample['seconds']:,.0f} records/s  {json.dumps(sample)}")
             floor = child(FLOOR, file)

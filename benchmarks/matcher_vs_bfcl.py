@@ -82,7 +82,9 @@ def _answered(theirs: Theirs, category: str) -> Iterator[tuple[str, bool | str, 
             if key in seen:
                 continue
             seen.add(key)
-            for underscore in (False, True) if any("." in call for call, _ in golden) else (False,):
+            # With names shown without dots only the comparison of names differs.
+            dotless = (label == "golden" or label.startswith("name")) and any("." in call for call, _ in golden)
+            for underscore in (False, True) if dotless else (False,):
                 verdict = theirs.check(raw, calls, expected, category, underscore_names=underscore)
                 ours = match(_ours(calls), expected, tools, category, underscore_names=underscore)
                 kind = "" if verdict is ours.ok else _kind(theirs, raw, calls, expected, category, verdict, ours.ok)
@@ -131,7 +133,7 @@ def import_seconds() -> float:
         "import sys, time; start = time.perf_counter()\n"
         "from stillroom.toolcalls import golden_call, match, parse_calls, read_tools, validate_calls\n"
         "print(time.perf_counter() - start)\n"
-        f"sys.exit(', '.join(name for name in {CLIENTS!r} if name in sys.modules))"
+        f"sys.exit(', '.join(name for name in {CLIENTS!r} if name in sys.modules) or None)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

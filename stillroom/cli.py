@@ -1,4 +1,7 @@
-"""The command line: parse, call one function, print. Results go to stdout, the last line as JSON; progress to stderr."""
+"""The command line: parse, call one function, print.
+
+Results go to stdout, the last line as JSON; progress goes to stderr.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,7 @@ def data_check(
 
 
 def main() -> None:
-    """Entry point: an error of ours is a message on stderr and exit code 1, Ctrl-C is 130; bugs keep their traceback."""
+    """Entry point: an error of ours is a message and exit code 1, Ctrl-C is 130; a bug keeps its traceback."""
     try:
         app(standalone_mode=True)
     except StillroomError as error:
@@ -189,8 +192,8 @@ def _json_option(option: str, text: str | None) -> Any:
 
 
 def _draw(tree: dict[str, Any], role: str = "", depth: int = 0) -> str:
-    head = f"{'   ' * depth}{role + ': ' if role else ''}{tree['step']} {tree['key']}  {tree['created']}  {tree['seconds']:.1f} s"
-    lines = [head]
+    name = f"{role}: {tree['step']}" if role else tree["step"]
+    lines = [f"{'   ' * depth}{name} {tree['key']}  {tree['created']}  {tree['seconds']:.1f} s"]
     for name, parent in tree["parents"].items():
         if isinstance(parent, dict):
             lines.append(_draw(parent, name, depth + 1))

@@ -78,8 +78,8 @@ def _about_answer(
         for path, value in _texts(call.arguments, call.name):
             prompt = _said(example) if prompt is None else prompt
             if not _grounded(value, prompt):
-                message = f"{excerpt(path)} is {excerpt(value)!r}, which the prompt does not name"
-                yield Reason.UNGROUNDED_ARGUMENT, message
+                shown = f"{excerpt(path)} is {excerpt(value)!r}, which the prompt does not name"
+                yield Reason.UNGROUNDED_ARGUMENT, shown
 
 
 def _calls_in_text(text: str) -> tuple[ToolCall, ...]:

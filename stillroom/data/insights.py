@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stillroom.data.answers import prompt_key
-from stillroom.data.config import Format, ReadLimits
+from stillroom.data.config import ReadLimits
 from stillroom.data.digests import DigestSet
 from stillroom.data.reader import Finding, read
 from stillroom.data.reasons import DataWarning, Reason, Rejection
@@ -79,6 +79,18 @@ class Insights:
             "listed_in": self.listed_in,
         }
 
+    def to_text(self) -> str:
+        """All of it for a terminal: the verdict, then a line for each reason with its first place."""
+        total = self.accepted + self.rejected
+        verdict = "enough" if self.enough else f"not enough: a distillation needs {self.minimum:,}"
+        lines = [f"{self.accepted:,} of {total:,} records accepted ({verdict}), {self.warned:,} with a warning"]
+        for reason, count in sorted(self.by_reason.items(), key=lambda pair: (pair[0].is_warning, -pair[1])):
+            first = self.samples[reason][0]
+            place = f"{first.file}:{first.line}" if first.line else first.file
+            lines += [f"{count:>9,}  {reason}{' (warning)' * reason.is_warning}, first in {place}: {first.message}"]
+            lines += [f"{'':9}  {reason.help}"]
+        return "\n".join(lines)
+
     def to_html(self, path: str | Path) -> Path:
         """Write the page: one file, readable offline."""
         from stillroom.data.page import render
@@ -89,25 +101,27 @@ class Insights:
 
 def check(
     *paths: str | Path,
-    format: Format = "auto",
+    format: str = "auto",
     where: Mapping[str, Any] | None = None,
     limits: ReadLimits | None = None,
     model: str | None = None,
     minimum: int = MINIMUM,
-    list_to: str | Path | None = None,
+    out: str | Path | None = None,
 ) -> Insights:
     """Read every record of `paths` as a distillation would, and say what became of it.
 
     Args:
-        list_to: a JSONL file for every rejection and warning, written as they are found.
+        format, where, limits, model: as `read` takes them.
+        out: a folder for `rejected.jsonl`, which lists every rejection and warning as they are found, and
+            `report.html`, the page.
 
     Raises:
         DataError: a path does not exist. ConfigError: `where` or `format` is wrong.
     """
     insights = Insights(tuple(str(path) for path in paths), minimum)
-    insights.listed_in = str(list_to) if list_to is not None else None
+    insights.listed_in = str(Path(out, "rejected.jsonl")) if out is not None else None
     prompts = DigestSet()
-    with _listing(list_to) as listing, progress("checking", unit="records") as bar:
+    with _listing(insights.listed_in) as listing, progress("checking", unit="records") as bar:
         for path in paths:
             unwarned = ""  # the accepted record that the next warnings are about, until it is counted
             for finding in _unrepeated(read(path, format, where=where, limits=limits, model=model), prompts):
@@ -121,6 +135,8 @@ def check(
                 if (insights.accepted + insights.rejected) % 500 == 0:
                     bar.advance(insights.accepted + insights.rejected - bar.done)
         bar.advance(insights.accepted + insights.rejected - bar.done, rejected=insights.rejected)
+    if out is not None:
+        insights.to_html(Path(out, "report.html"))
     return insights
 
 
@@ -170,7 +186,7 @@ def _count_file(insights: Insights, file: str, side: int) -> None:
 
 
 @contextlib.contextmanager
-def _listing(path: str | Path | None) -> Iterator[IO[str] | None]:
+def _listing(path: str | None) -> Iterator[IO[str] | None]:
     if path is None:
         yield None
         return

@@ -57,7 +57,7 @@ def to_example(record: Mapping[str, Any], log: Log, category: str, source: str) 
         raise Reject(Reason.NOT_A_LOG_RECORD, f"{missing[0]} is missing")
     model = a_string(record, "modelId")
     operation = record.get("operation")
-    if operation not in OPERATIONS:
+    if not isinstance(operation, str) or operation not in OPERATIONS:
         raise Reject(Reason.UNKNOWN_OPERATION, f"operation is {excerpt(operation)!r}")
     if record.get("errorCode"):
         raise Reject(Reason.CALL_FAILED, f"errorCode is {excerpt(record['errorCode'])!r}")
@@ -66,6 +66,7 @@ def to_example(record: Mapping[str, Any], log: Log, category: str, source: str) 
     given, answered = _body(record, "input", log), _body(record, "output", log)
     call = _converse if operation.startswith("Converse") else native_bodies.read_call
     messages, tools, answer, stop = call(a_mapping(given, "input.inputBodyJson"), assembled(answered))
+    stop = stop if isinstance(stop, str) else None
     if stop in TRUNCATED:
         raise Reject(Reason.RESPONSE_TRUNCATED, f"the answer stopped at {stop}")
     if stop in REFUSED:

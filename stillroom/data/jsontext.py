@@ -24,8 +24,8 @@ def decode(line: bytes, *, depth: int) -> Any:
     Raises:
         Reject: with the reason and, where there is one, the byte or character where it went wrong.
     """
-    if line.count(b"{") + line.count(b"[") > depth and (levels := _nesting(line)) > depth:
-        raise Reject(Reason.TOO_DEEP, f"is nested {levels} levels deep; {depth} are allowed")
+    if line.count(b"{") + line.count(b"[") > depth and _is_deeper(line, depth):
+        raise Reject(Reason.TOO_DEEP, f"is nested more than {depth} levels deep")
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -53,16 +53,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def _nesting(line: bytes) -> int:
-    level = deepest = 0
+def _is_deeper(line: bytes, depth: int) -> bool:
+    level = 0
     for match in _STRUCTURE.finditer(line):
         first = line[match.start()]
         if first in b"[{":
             level += 1
-            deepest = max(deepest, level)
+            if level > depth:
+                return True
         elif first in b"]}":
             level -= 1
-    return deepest
+    return False
 
 
 def _diagnose(line: bytes, error: orjson.JSONDecodeError) -> NoReturn:

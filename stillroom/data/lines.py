@@ -2,7 +2,7 @@
 
 Promise: whatever the file holds, at most one line of `line_bytes` and two blocks are held at a time.
 A longer line is skipped and reported with its length, and the lines after it are read. Damaged,
-cut or explosive compressed data ends the file with a reason, after the good lines before it.
+cut or explosive compressed data ends the file with a reason, after the lines of the blocks before it.
 """
 
 from __future__ import annotations

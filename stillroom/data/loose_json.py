@@ -23,6 +23,7 @@ _QUOTED = {
 }
 _BARE = re.compile(r"[^,:{}\[\]\n]++")
 _NUMBER = re.compile(r"-?\d++(?:\.\d++)?+(?:[eE][+-]?\d++)?+$")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 
 
@@ -92,7 +93,7 @@ class _Loose:
         first = self.text[at : at + 1]
         if first and first in _QUOTED:
             if quoted := _QUOTED[first].match(self.text, at):
-                return quoted.group(1), quoted.end()
+                return _ESCAPE.sub(_unescaped, quoted.group(1)), quoted.end()
             self.unclosed += 1
             if self.unclosed > UNCLOSED:
                 raise _GaveUp
@@ -108,3 +109,7 @@ class _Loose:
         match = _SPACE.match(self.text, at)
         assert match is not None  # the pattern matches the empty text
         return match.end()
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    return {"n": "\n", "t": "\t"}.get(escape.group(1), escape.group(1))

@@ -25,8 +25,6 @@ Call = tuple[list[Message], tuple[ToolSpec, ...], Message, Any]
 Prompt = tuple[list[Message], tuple[ToolSpec, ...]]
 _LLAMA_TURN = re.compile(r"<\|start_header_id\|>([a-z]+)<\|end_header_id\|>(.*?)(?=<\|start_header_id\|>|$)", re.DOTALL)
 _LLAMA_END = re.compile(r"<\|(?:eot_id|eom_id|end_of_text|begin_of_text)\|>")
-_INST = re.compile(r"\[INST\](.*?)\[/INST\]([^\[]*)", re.DOTALL)
-_INST_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 _LABELLED = re.compile(r"(?:^|\n)\s*(Human|User|Assistant|Bot|System):")
 _ROLE_OF: dict[str, Any] = {
     "human": "user",
@@ -153,14 +151,18 @@ def _text_prompt(prompt: str) -> list[Message]:
         turns = [(role, _LLAMA_END.sub("", text).strip()) for role, text in _LLAMA_TURN.findall(prompt)]
         return _turns(turns)
     if "[INST]" in prompt:
-        turns = []
-        for asked, answered in _INST.findall(prompt):
-            if found := _INST_SYSTEM.search(asked):
-                turns.append(("system", found.group(1).strip()))
-            turns.append(("user", _INST_SYSTEM.sub("", asked).strip()))
-            turns.append(("assistant", answered.replace("</s>", "").replace("<s>", "").strip()))
-        return _turns(turns)
+        return _turns([turn for part in prompt.split("[INST]")[1:] for turn in _inst_turns(part)])
     return _labelled(prompt)
+
+
+def _inst_turns(part: str) -> list[tuple[str, str]]:
+    """What follows one `[INST]`: perhaps a system text, a question, perhaps its answer."""
+    asked, _, answered = part.partition("[/INST]")
+    before, opened, rest = asked.partition("<<SYS>>")
+    system, closed, question = rest.partition("<</SYS>>")
+    turns = [("system", system.strip()), ("user", (before + question).strip())] if opened and closed else []
+    turns = turns or [("user", asked.strip())]
+    return [*turns, ("assistant", answered.replace("</s>", "").replace("<s>", "").strip())]
 
 
 def _labelled(prompt: str) -> list[Message]:

@@ -61,7 +61,11 @@ def alike(
 
 
 def _prefix(text: frozenset[str], frequency: Counter[str], threshold: float) -> list[str]:
-    """The rarest shingles: two texts at or above the threshold share at least one of theirs."""
-    ordered = sorted(text, key=lambda shingle: (frequency[shingle], shingle))
+    """The rarest shingles: two texts at or above the threshold share at least one of theirs.
+
+    Those that no held-out text has are the rarest of all; they take up places and need not be returned.
+    """
+    known = [shingle for shingle in text if shingle in frequency]
     # The small term keeps 0.8 * 5 = 4.000000000000001 from costing a shingle.
-    return ordered[: len(ordered) - math.ceil(threshold * len(ordered) - 1e-9) + 1]
+    places = len(text) - math.ceil(threshold * len(text) - 1e-9) + 1 - (len(text) - len(known))
+    return sorted(known, key=lambda shingle: (frequency[shingle], shingle))[:places] if places > 0 else []

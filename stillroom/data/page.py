@@ -1,4 +1,4 @@
-"""The prompt-insights page: one HTML file from `templates/insights.html.j2`, everything escaped."""
+"""The prompt-insights page: one HTML file from `templates/insights.html.jinja`, everything escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def render(insights: Insights) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
 
-    source = resources.files("stillroom.data").joinpath("templates/insights.html.j2").read_text(encoding="utf-8")
+    source = resources.files("stillroom.data").joinpath("templates/insights.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(insights=insights, rows=_rows(insights), worst=_worst_files(insights))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from stillroom.data import bedrock, bfcl, invocation_logs, openai_chat
 from stillroom.data.advice import advice
-from stillroom.data.config import Format, ReadLimits
+from stillroom.data.config import ReadLimits
 from stillroom.data.filters import check_filter, matches
 from stillroom.data.jsontext import decode
 from stillroom.data.lines import TooLong, lines, open_regular
@@ -49,7 +49,7 @@ ToExample = Callable[[dict[str, Any], str], Example]
 
 def read(
     path: str | Path,
-    format: Format = "auto",
+    format: str = "auto",
     *,
     where: Mapping[str, Any] | None = None,
     limits: ReadLimits | None = None,
@@ -61,6 +61,7 @@ def read(
 
     Args:
         path: a file, or a folder that is searched for files of the format (hidden ones left out).
+        format: auto, bedrock, openai, invocation_logs or bfcl; auto looks at the first record of each file.
         where: metadata filter; records that do not match are rejected as `filtered_out`.
         category: what examples are grouped by; None: what the format says.
         answers: BFCL answers file, where it is not `possible_answer/` beside the questions.
@@ -88,7 +89,7 @@ class _Reading:
     def __init__(
         self,
         path: Path,
-        format: Format,
+        format: str,
         where: Mapping[str, Any] | None,
         limits: ReadLimits,
         category: str | None,
@@ -100,7 +101,7 @@ class _Reading:
         self.answers = Path(answers) if answers is not None else None
         self.bytes_taken = 0
 
-    def line_bytes(self, format: Format) -> int:
+    def line_bytes(self, format: str) -> int:
         return self.limits.line_bytes or LINE_BYTES.get(format, max(LINE_BYTES.values()))
 
     def take(self, size: int) -> None:
@@ -138,30 +139,17 @@ def _files(path: Path) -> Iterator[Path | Rejection]:
 
 
 def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
-    number, format, seen = 0, reading.format, False
-    parse: ToExample | None = None
+    records = _Records(file, reading)
+    number = 0
     try:
-        _check_extension(file, format)
-        line_bytes = reading.line_bytes(format)
-        for number, line in lines(file, line_bytes=line_bytes, expansion_ratio=reading.limits.expansion_ratio):
+        _check_extension(file, records.format)
+        for number, line in lines(file, line_bytes=records.line_bytes, expansion_ratio=reading.limits.expansion_ratio):
             reading.take(len(line))
             try:
-                record = _decoded(line, first=not seen, limits=reading.limits, line_bytes=line_bytes)
-                seen = True
-                if parse is None:
-                    format = _detected(record) if format == "auto" else format
-                    _check_extension(file, format)
-                    line_bytes = reading.line_bytes(format)
-                    parse = _parser(format, file, reading)
-                if len(line) > line_bytes:
-                    raise Reject(Reason.LINE_TOO_LONG, f"has {len(line)} bytes; {format} allows {line_bytes}")
-                example = parse(record, f"{file}:{number}")
-                if not matches(reading.where, example.metadata):
-                    raise Reject(Reason.FILTERED_OUT, "does not match the metadata filter")
+                example = records.example(number, line)
             except Reject as error:
                 if error.reason in WHOLE_FILE:
                     raise
-                seen = True
                 yield error.at(file, number)
                 if error.reason is Reason.INVALID_JSON and isinstance(line, bytes):
                     yield from _despite(line, file, number)
@@ -169,12 +157,45 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
             yield example
             for reason, message in advice(example):
                 yield DataWarning(str(file), number, reason, message)
-        if not seen:
+        if number == 0:
             raise Reject(Reason.EMPTY_FILE, "holds no record")
     except Reject as error:
         yield error.at(file, number if error.reason in CUTS else 0)
         if error.reason is Reason.NOT_JSON_LINES:
             yield from _despite(_beginning(file), file, 0)
+
+
+class _Records:
+    """The records of one file: their format, known from the first on, and how each is made an example."""
+
+    def __init__(self, file: Path, reading: _Reading) -> None:
+        self.file, self.reading, self.format = file, reading, reading.format
+        self.line_bytes = reading.line_bytes(self.format)
+        self._parse: ToExample | None = None
+        self._first = True
+
+    def example(self, number: int, line: bytes | TooLong) -> Example:
+        """Raises Reject: the line, the record, or the whole file cannot be used."""
+        first, self._first = self._first, False
+        limits = self.reading.limits
+        record = _decoded(line, first=first, depth=limits.depth, line_bytes=self.line_bytes)
+        if self._parse is None:
+            self._settle(record)
+            assert self._parse is not None
+        if len(line) > self.line_bytes:
+            message = f"has {len(line)} bytes; {self.format} allows {self.line_bytes}"
+            raise Reject(Reason.LINE_TOO_LONG, message)
+        example = self._parse(record, f"{self.file}:{number}")
+        if self.reading.where is not None and not matches(self.reading.where, example.metadata):
+            raise Reject(Reason.FILTERED_OUT, "does not match the metadata filter")
+        return example
+
+    def _settle(self, record: Mapping[str, Any]) -> None:
+        """Fix the format by the first record that can be decoded."""
+        self.format = _detected(record) if self.format == "auto" else self.format
+        _check_extension(self.file, self.format)
+        self.line_bytes = self.reading.line_bytes(self.format)
+        self._parse = _parser(self.format, self.file, self.reading)
 
 
 def _despite(text: bytes, file: Path, number: int) -> Iterator[DataWarning]:
@@ -194,13 +215,13 @@ def _beginning(file: Path) -> bytes:
         return opened.read(LINE_BYTES["bedrock"])
 
 
-def _decoded(line: bytes | TooLong, *, first: bool, limits: ReadLimits, line_bytes: int) -> dict[str, Any]:
+def _decoded(line: bytes | TooLong, *, first: bool, depth: int, line_bytes: int) -> dict[str, Any]:
     if isinstance(line, TooLong):
         raise Reject(Reason.LINE_TOO_LONG, f"has {line.size} bytes; {line_bytes} are allowed")
     if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise Reject(Reason.INVALID_UTF8, "is UTF-16 text")
     try:
-        value = decode(line, depth=limits.depth)
+        value = decode(line, depth=depth)
     except Reject as error:
         if first and error.reason is Reason.INVALID_JSON and line.rstrip(b" \t,") in (b"[", b"{", b"[{"):
             raise Reject(Reason.NOT_JSON_LINES, "is one JSON document over several lines") from None
@@ -212,7 +233,7 @@ def _decoded(line: bytes | TooLong, *, first: bool, limits: ReadLimits, line_byt
     return value
 
 
-def _detected(record: Mapping[str, Any]) -> Format:
+def _detected(record: Mapping[str, Any]) -> str:
     """The format of a record by the members that only it has."""
     if "schemaVersion" in record and "messages" in record:
         return "bedrock"
@@ -232,7 +253,7 @@ def _detected(record: Mapping[str, Any]) -> Format:
     raise Reject(Reason.UNKNOWN_FORMAT, f"no known format has the members {excerpt(', '.join(record) or '(none)')}")
 
 
-def _parser(format: Format, file: Path, reading: _Reading) -> ToExample:
+def _parser(format: str, file: Path, reading: _Reading) -> ToExample:
     limits, category = reading.limits, reading.category
     if format == "bedrock":
         return lambda record, source: bedrock.to_example(record, limits, category or "", source)
@@ -246,7 +267,7 @@ def _parser(format: Format, file: Path, reading: _Reading) -> ToExample:
     return lambda record, source: bfcl.to_example(record, answers, group, source)
 
 
-def _check_extension(file: Path, format: Format) -> None:
+def _check_extension(file: Path, format: str) -> None:
     allowed = EXTENSIONS.get(format, ANY_EXTENSION)
     if not file.name.lower().endswith(allowed):
         raise Reject(Reason.WRONG_EXTENSION, f"{format} files end in {' or '.join(allowed)}")

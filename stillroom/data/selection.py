@@ -8,7 +8,7 @@ on the order of files. The report counts every record that came in and where it 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,9 +169,16 @@ def _without_near_duplicates(
 ) -> tuple[list[Item], list[tuple[Example, Example, float]]]:
     if threshold is None or not held_out:
         return pool, []
-    removed = list(alike((item.example for item in pool), held_out, threshold))
+    with progress("near-duplicates", len(pool), "records") as bar:
+        removed = list(alike(_watched(pool, bar), held_out, threshold))
     gone = {id(example) for example, _, _ in removed}
     return [item for item in pool if id(item.example) not in gone], removed
+
+
+def _watched(pool: list[Item], bar: Progress) -> Iterator[Example]:
+    for item in pool:
+        bar.advance()
+        yield item.example
 
 
 def _golden_keys(train: Sequence[Item], fraction: float, seed: int) -> set[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import orjson
 
 from stillroom.data.reasons import Reason, Reject, excerpt
 from stillroom.errors import StillroomError
 from stillroom.schema import ToolSpec
 from stillroom.toolcalls import read_tools
 
+CACHED_TOOLS = 64
 _NAMES = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true or false"}
 
 
@@ -46,11 +51,22 @@ def no_others(record: Mapping[str, Any], allowed: frozenset[str], where: str = "
 
 
 def parsed_tools(value: Any, where: str) -> tuple[ToolSpec, ...]:
-    """Tools of any dialect."""
-    try:
-        return read_tools(value)
-    except StillroomError as error:
-        raise Reject(Reason.BAD_TOOLS, f"{where}: {excerpt(str(error))}") from None
+    """Tools of any dialect; `value` is fresh from `decode`."""
+    # The same tools stand in record after record, and reading them costs more than all the rest.
+    key = hashlib.blake2b(orjson.dumps(value), digest_size=16).digest()
+    tools = _cache.get(key)
+    if tools is None:
+        try:
+            tools = read_tools(value)
+        except StillroomError as error:
+            raise Reject(Reason.BAD_TOOLS, f"{where}: {excerpt(str(error))}") from None
+        _cache[key] = tools
+        if len(_cache) > CACHED_TOOLS:
+            _cache.popitem(last=False)
+    return tools
+
+
+_cache: OrderedDict[bytes, tuple[ToolSpec, ...]] = OrderedDict()
 
 
 def type_name(value: Any) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stillroom.evaluation.config import EvalConfig, JudgeConfig
     from stillroom.evaluation.few_shot import choose_shots
     from stillroom.evaluation.latency import Speed, measure_speed
-    from stillroom.evaluation.measuring import answer_cap, evaluate
+    from stillroom.evaluation.measuring import answer_cap, evaluate, evaluation_requests
     from stillroom.evaluation.report import write_report
     from stillroom.evaluation.report_data import (
         DataReport,
@@ -65,6 +65,7 @@ _WHERE = {
     "choose_shots": "few_shot",
     "compare": "comparing",
     "evaluate": "measuring",
+    "evaluation_requests": "measuring",
     "gap_closed": "comparing",
     "measure_speed": "latency",
     "prompt_views": "report_data",
@@ -97,6 +98,7 @@ __all__ = [
     "choose_shots",
     "compare",
     "evaluate",
+    "evaluation_requests",
     "gap_closed",
     "measure_speed",
     "prompt_views",

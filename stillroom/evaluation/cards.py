@@ -121,8 +121,8 @@ def _figures(report: RunReport) -> str:
     names = [*names, POOLED] if len(names) > 1 else [POOLED]
     level = percent(report.evaluation.confidence)
     lines = [
-        f"## Measured\n\nShare of right answers with {level} Wilson intervals; the same held-out items, answer cap and greedy "
-        "decoding for every model. None of the items was trained on.",
+        f"## Measured\n\nShare of right answers with {level} Wilson intervals; the same held-out items, answer cap and "
+        "greedy decoding for every model. None of the items was trained on.",
         "",
         "| model | prompted | " + " | ".join(names) + " | valid | n |",
         "|---|---|" + "---|" * len(names) + "---|---|",
@@ -160,9 +160,9 @@ def _data(report: RunReport) -> str:
     targets = ", ".join(f"{count} {_inline(origin)}" for origin, count in data.targets.items())
     return (
         f"## Data\n\n{data.accepted:,} of {data.read:,} records were accepted. Splits: "
-        f"{', '.join(f'{split} {n:,}' for split, n in data.splits.items())}. Training answers: {targets or 'not stated'}. "
-        f"{data.repeats:,} repeats were dropped and {data.near_duplicates:,} training prompts removed for lying too near "
-        "to a held-out one."
+        f"{', '.join(f'{split} {n:,}' for split, n in data.splits.items())}. "
+        f"Training answers: {targets or 'not stated'}. {data.repeats:,} repeats were dropped and "
+        f"{data.near_duplicates:,} training prompts removed for lying too near to a held-out one."
     )
 
 
@@ -170,7 +170,8 @@ def _lineage(rows: Sequence[LineageRow]) -> str:
     if not rows:
         return ""
     lines = [
-        f"| {_cell(row.step)} | `{row.key}` | {', '.join(f'`{parent}`' for parent in row.parents)} |" for row in rows
+        f"| {_cell(row.step)} | `{row.key}` | {', '.join(f'`{_code(parent)}`' for parent in row.parents)} |"
+        for row in rows
     ]
     return "## Lineage\n\n| step | key | made from |\n|---|---|---|\n" + "\n".join(lines)
 

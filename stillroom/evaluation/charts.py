@@ -152,7 +152,7 @@ def _y_axis(top: float, bottom: int) -> Markup:
     out = []
     for i in range(3):
         y = 10 + (bottom - 10) * i / 2
-        out += [_line("grid", 0, y, 100, y), _text("tick", 0, y - 3, f"{top * (2 - i) / 2:.3g}", "start")]
+        out += [_line("grid", 0, y, 100, y), _text("tick", 100, y - 3, f"{top * (2 - i) / 2:.3g}", "end")]
     return Markup("").join(out)
 
 

@@ -27,8 +27,9 @@ def choose_shots(train: Sequence[Example], config: EvalConfig) -> tuple[Example,
     Fewer than `config.few_shot` are returned where the golden examples, or the room for them, run out.
     """
     golden = [example for example in train if _golden(example) is not None and len(example.messages) == 1]
+    distinct = {_shown(example, config.task): example for example in reversed(golden)}  # upsampled ones count once
     by_category: dict[str, list[Example]] = {}
-    for example in sorted(golden, key=lambda example: (len(_shown(example, config.task)), example.id)):
+    for _, example in sorted(distinct.items(), key=lambda pair: (len(pair[0]), pair[0])):
         by_category.setdefault(example.category, []).append(example)
     queues = [by_category[name] for name in sorted(by_category)]
     chosen: list[Example] = []

@@ -33,8 +33,9 @@ class FunctionCalling:
             try:
                 golden_call(example.expected, example.tools)
             except DataError as error:
+                where = f"{example.id!r} ({example.source or 'unknown source'})"
                 raise DataError(
-                    f"held-out example {example.id!r} ({example.source or 'unknown source'}) cannot be scored: {error}\n"
+                    f"held-out example {where} cannot be scored: {error}\n"
                     "help: hold out golden records only, or give BFCL's possible answers beside the questions."
                 ) from None
 

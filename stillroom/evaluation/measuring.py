@@ -76,11 +76,8 @@ def evaluate(
         raise NotEnoughData("there are no held-out examples to evaluate on.\nhelp: raise the share of the test split.")
     scorer = scorer_for(config, judge=judge, answers=answers)
     scorer.check(examples)
-    constrain = best and config.constrain and config.task == "function_calling"
-    params = GenerateParams(max_tokens=max_tokens, seed=config.seed, constrain=constrain)
-    shown = tuple(shots) if best else ()
     started = time.monotonic()
-    requests = [Request(with_shots(item.messages, shown, config.task), item.tools, params) for item in examples]
+    requests = evaluation_requests(examples, config, max_tokens=max_tokens, best=best, shots=shots)
     cache, stats = AnswerCache(answers) if isinstance(answers, str | Path) else answers, AskStats()
     found = ask(
         model,
@@ -100,13 +97,28 @@ def evaluate(
         items=items,
         unanswered=unanswered,
         max_tokens=max_tokens,
-        shots=tuple(shot.id for shot in shown),
-        constrained=constrain,
+        shots=tuple(shot.id for shot in shots) if best else (),
+        constrained=requests[0].params.constrain,
         seconds=time.monotonic() - started,
         from_cache=stats.cached,
         confidence=config.confidence,
         extra=scorer.extra(items),
     )
+
+
+def evaluation_requests(
+    examples: Sequence[Example],
+    config: EvalConfig = EvalConfig(),
+    *,
+    max_tokens: int,
+    best: bool = False,
+    shots: Sequence[Example] = (),
+) -> list[Request]:
+    """The questions that `evaluate` asks, one per example: what must be recorded for a recorded teacher to answer."""
+    constrain = best and config.constrain and config.task == "function_calling"
+    params = GenerateParams(max_tokens=max_tokens, seed=config.seed, constrain=constrain)
+    shown = tuple(shots) if best else ()
+    return [Request(with_shots(example.messages, shown, config.task), example.tools, params) for example in examples]
 
 
 def _sort_out(

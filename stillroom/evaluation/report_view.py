@@ -17,7 +17,7 @@ from stillroom.evaluation.headline import headline
 from stillroom.evaluation.item_view import item_views
 from stillroom.evaluation.report_data import ModelReport, RunReport
 from stillroom.evaluation.results import POOLED, Result
-from stillroom.evaluation.statistics import GapClosed
+from stillroom.evaluation.statistics import GapClosed, Interval
 
 _KIND_COLOURS = 8
 _VARIANTS = {"plain": "", "best": "at its best"}
@@ -65,11 +65,11 @@ def _tiles(report: RunReport) -> list[dict[str, str]]:
             note += f"; teacher {wording.seconds(teacher.speed.p50.value)}"
         tiles.append({"label": "latency", "value": wording.seconds(student.speed.p50.value), "note": note})
     if student and (student.parameters or student.size_bytes):
-        value = wording.count(student.parameters) if student.parameters else wording.size(student.size_bytes)
+        figure = wording.count(student.parameters) if student.parameters else wording.size(student.size_bytes)
         note = f"parameters, {wording.size(student.size_bytes)}" if student.parameters else ""
         if teacher and (teacher.parameters or teacher.size_bytes):
             note += f"; teacher {wording.count(teacher.parameters)}, {wording.size(teacher.size_bytes)}"
-        tiles.append({"label": "size", "value": value, "note": note.lstrip("; ")})
+        tiles.append({"label": "size", "value": figure, "note": note.lstrip("; ")})
     return tiles
 
 
@@ -97,21 +97,12 @@ def _accuracy(models: Sequence[ModelReport]) -> dict[str, Any]:
     names = [*sorted(names), POOLED] if len(names) != 1 else [POOLED]
     table = {name: [(m, m.plain.accuracy(name)) for m in models if m.plain and m.plain.select(name)] for name in names}
     top = min(1.0, charts.scale_top([value.high for rows in table.values() for _, value in rows]))
-    groups = [
-        {
-            "name": name,
-            "rows": [
-                {
-                    "role": model.role,
-                    "name": model.name,
-                    "value": value,
-                    "bar": charts.interval_bar(model.role, value, top),
-                }
-                for model, value in rows
-            ],
-        }
-        for name, rows in table.items()
-    ]
+
+    def row(model: ModelReport, value: Interval) -> dict[str, Any]:
+        bar = charts.interval_bar(model.role, value, top)
+        return {"role": model.role, "name": model.name, "value": value, "bar": bar}
+
+    groups = [{"name": name, "rows": [row(model, value) for model, value in rows]} for name, rows in table.items()]
     return {"groups": groups, "axis": charts.axis(top)}
 
 

@@ -232,8 +232,11 @@ def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> Int
     ordered, n = sorted(values), len(values)
     rank, covered = 0, 1.0
     # The k-th smallest and k-th largest value cover the median unless fewer than k values lie on one side of it.
+    below, term = 0, 1  # sum of binomial coefficients under k, and the next one
     for k in range(1, n // 2 + 1):
-        covered_k = 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+        below += term
+        term = term * (n - k + 1) // k
+        covered_k = 1 - 2 * below / 2**n
         if covered_k < confidence:
             break
         rank, covered = k - 1, covered_k

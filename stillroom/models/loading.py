@@ -6,15 +6,20 @@ from safetensors or GGUF, never from pickles. Nothing is downloaded unless the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from stillroom.errors import ModelError
+from stillroom.models import gguf_layout
+from stillroom.models.gguf_file import GgufFile, read_gguf
 from stillroom.models.prompts import chat_template_text
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -54,23 +59,13 @@ def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str
         ModelError: nothing there, or it cannot be read as a causal language model.
         ConfigError: there is no such chat template.
     """
-    name, path = str(source), Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no GGUF file at {path}.\nhelp: check the path; it is taken from the current directory.")
-        name, arguments, weights = path.stem, {"gguf_file": path.name}, [path]
-        folder = path.parent
-    else:
-        folder = path if path.is_dir() else _download(name)
-        name, arguments = (path.resolve().name if path.is_dir() else name), {"use_safetensors": True}
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise ModelError(f"no *.safetensors in {folder}.\nhelp: save the model with `save_pretrained(folder)`.")
-    model, tokenizer = _read(folder, arguments, dtype, source)
-    template = chat_template_text(chat_template) if chat_template else (tokenizer.chat_template or "")
-    tokenizer.chat_template = template or None
-    origin = path if path.suffix == ".gguf" else folder
-    return Loaded(model, tokenizer, name, _digest(weights), template, origin)
+    place, name = _locate(source)
+    weights = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"no *.safetensors in {place}.\nhelp: save the model with `save_pretrained(folder)`.")
+    file = read_gguf(place) if place.is_file() else None
+    tokenizer = _read_tokenizer(place, file, chat_template)
+    return Loaded(_read_model(place, file, dtype), tokenizer, name, _digest(weights), tokenizer.chat_template or "", place)
 
 
 def load_tokenizer(source: str | Path, *, chat_template: str | None = None) -> Any:
@@ -79,35 +74,77 @@ def load_tokenizer(source: str | Path, *, chat_template: str | None = None) -> A
     Raises:
         ModelError, ConfigError: as `load`.
     """
+    place, _ = _locate(source)
+    return _read_tokenizer(place, read_gguf(place) if place.is_file() else None, chat_template)
+
+
+def _locate(source: str | Path) -> tuple[Path, str]:
+    """The GGUF file or directory meant, and its name."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no GGUF file at {path}.\nhelp: check the path; it is taken from the current directory.")
+        return path, path.stem
+    return (path, path.resolve().name) if path.is_dir() else (_download(str(source)), str(source))
+
+
+def _read_tokenizer(place: Path, file: GgufFile | None, chat_template: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    _quiet()
-    path = Path(source).expanduser()
-    folder, arguments = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source} has no tokenizer that can be read: {error}") from error
+    with _reading(place):
+        tokenizer = gguf_layout.tokenizer(file) if file else None
+        if tokenizer is None:
+            named = {"gguf_file": place.name} if file else {}
+            tokenizer = AutoTokenizer.from_pretrained(place.parent if file else place, **named)
     if chat_template:
         tokenizer.chat_template = chat_template_text(chat_template)
     return tokenizer
 
 
-def _read(folder: Path, arguments: dict[str, Any], dtype: DTypeName, source: str | Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _read_model(place: Path, file: GgufFile | None, dtype: DTypeName) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    _quiet()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"{source} cannot be read as a causal language model: {error}\n"
-            "help: give a directory with config.json, tokenizer and *.safetensors, or a .gguf file."
-        ) from error
+    with _reading(place):
+        model = _read_gguf_model(file, getattr(torch, dtype)) if file else None
+        if model is None:
+            named: dict[str, Any] = {"gguf_file": place.name} if file else {"use_safetensors": True}
+            folder = place.parent if file else place
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **named)
     _unmark_quantised(model)
     model.config.architectures = [type(model).__name__]  # absent after GGUF; some servers refuse a model without it
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _read_gguf_model(file: GgufFile, dtype: torch.dtype) -> Any:
+    """The model of a GGUF that `gguf_layout` describes wholly; None for any other."""
+    from transformers import AutoModelForCausalLM
+
+    config = gguf_layout.model_config(file)
+    if config is None:
+        return None
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config)
+    names = {name: gguf_layout.gguf_name(name) for name, _ in shapes.named_parameters()}
+    if set(names.values()) != set(file.tensors):
+        return None
+    state = {}
+    for name, theirs in names.items():
+        values, heads = file.tensor(str(theirs)), gguf_layout.permuted_heads(name, config)
+        values = np.ascontiguousarray(gguf_layout.permute(values, heads, undo=True)) if heads else values
+        state[name] = torch.from_numpy(values).to(dtype)
+    return type(shapes).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    _quiet()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{place} cannot be read as a causal language model: {error}\n"
+            "help: give a directory with config.json, tokenizer and *.safetensors, or a .gguf file."
+        ) from error
 
 
 def _unmark_quantised(model: Any) -> None:

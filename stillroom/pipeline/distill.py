@@ -31,8 +31,8 @@ def distill(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
     run = Run.at(recipe, out)
     with run.store.lock():
         write_atomic(out / "recipe.json", recipe.model_dump_json(indent=1))
-        planned = foretell(run)
         data = steps.prepare(run)
+        planned = steps.foretell(run, data)
         labelled = steps.label(run, data)
         before = measure_both(run, "base", labelled, data) | measure_both(run, "teacher", labelled, data)
         advice = weigh(run, before)
@@ -42,7 +42,11 @@ def distill(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
         after = measure_both(run, "student", labelled, data, student)
         made = report(run, {**before, **after}, data, labelled, student, planned, advice, command=command)
         show(out, made)
-    return {**steps.read_json(made.path / "summary.json"), **places(out), "seconds": round(time.monotonic() - started, 1)}
+    return {
+        **steps.read_json(made.path / "summary.json"),
+        **places(out),
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def measure_both(
@@ -114,18 +118,3 @@ def show(out: Path, made: Artifact) -> None:
 
 def places(out: Path) -> dict[str, str]:
     return {"report": str(out / "report.html"), "student": str(out / "student")}
-
-
-def foretell(run: Run) -> Artifact:
-    """The plan, made before anything else, so that the report can set actual figures beside it."""
-    from stillroom.pipeline.plan import plan
-
-    recipe = run.recipe
-
-    def build(folder: Path, work: Path) -> None:
-        found = plan(recipe)
-        telemetry.note(found.text)
-        steps.write_json(folder / "plan.json", found.figures)
-
-    rooms = ("pipeline/plan", *steps.PREPARE_ROOMS)
-    return run.step("plan", inputs={}, config={"recipe": steps.plain(recipe)}, rooms=rooms, build=build)

@@ -40,7 +40,9 @@ def evaluate_model(
     examples = _scorable(data, limit)
     opened = open_model(_model_config(model, engine, model_id, chat_template))
     try:
-        result = evaluate(opened, examples, config, max_tokens=max_tokens, concurrency=getattr(opened, "concurrency", None))
+        result = evaluate(
+            opened, examples, config, max_tokens=max_tokens, concurrency=getattr(opened, "concurrency", None)
+        )
         speed = measure_speed(opened, examples, config, max_tokens=max_tokens)
     finally:
         opened.close()
@@ -71,7 +73,7 @@ def _scorable(data: Path, limit: int | None) -> list[Example]:
     if not scorable:
         raise NotEnoughData(
             f"none of the {len(found)} records in {data} says what the right answer is.\n"
-            "help: give labelled records (a last assistant message), or BFCL questions with possible_answer/ beside them."
+            "help: give records that end with the assistant's answer, or BFCL questions with possible_answer/ beside."
         )
     scorable.sort(key=lambda example: digest(canonical_json(example.id)))
     return scorable[:limit]

@@ -43,10 +43,11 @@ class Plan:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def plan(recipe: Recipe, *, gpu: str | None = None, measure: bool = True) -> Plan:
+def plan(recipe: Recipe, *, gpu: str | None = None, measure: bool = True, prepared: Any = None) -> Plan:
     """Count, measure briefly, and say it.
 
     Args:
+        prepared: the splits and their report, where they have been made already (`stillroom.data.Prepared`).
         gpu: a name of `GPU_GIB`; None asks about this machine.
         measure: train and answer for a few seconds to foretell the time; otherwise no time is foretold.
 
@@ -59,7 +60,8 @@ def plan(recipe: Recipe, *, gpu: str | None = None, measure: bool = True) -> Pla
     from stillroom.models import encode_prompt, encode_target, load
 
     loaded = load(str(resolve_path(recipe.student.path)), chat_template=recipe.student.chat_template)
-    prepared = prepare(recipe.data, recipe.seed, lambda m, t: len(encode_prompt(loaded.tokenizer, m, t)))
+    if prepared is None:
+        prepared = prepare(recipe.data, recipe.seed, lambda m, t: len(encode_prompt(loaded.tokenizer, m, t)))
     sizes = _Sizes.of(
         prepared.train,
         prepared.test,
@@ -99,7 +101,12 @@ def licences(recipe: Recipe) -> list[dict[str, str]]:
         acknowledged, conflict = None, str(error)
     teacher = recipe.teacher.model
     rows = [
-        {"what": "teacher", "name": teacher.name or teacher.model or "", "license": teacher.license, "terms": teacher.terms},
+        {
+            "what": "teacher",
+            "name": teacher.name or teacher.model or "",
+            "license": teacher.license,
+            "terms": teacher.terms,
+        },
         {"what": "student", "name": recipe.student.name or recipe.student.path, "license": recipe.student.license},
     ]
     rows[0] |= {"conflict": conflict} if conflict else {"acknowledged": acknowledged} if acknowledged else {}
@@ -125,7 +132,9 @@ class _Sizes:
         return cls(
             ask=[size for size, example in zip(prompts, train, strict=True) if not example.targets],
             test=[prompt(example) for example in test],
-            sequences=[size + round(answer) for size, count in zip(prompts, repeats, strict=True) for _ in range(count)],
+            sequences=[
+                size + round(answer) for size, count in zip(prompts, repeats, strict=True) for _ in range(count)
+            ],
             answer=answer,
         )
 
@@ -142,7 +151,7 @@ def _records(prepared: Any) -> dict[str, int]:
 
 
 def _calls(recipe: Recipe, sizes: _Sizes) -> dict[str, Any]:
-    """Upper bounds: answers that the cache holds already cost nothing and are not known before the teacher is opened."""
+    """Upper bounds: what the answer cache holds already costs nothing, and is known once the teacher is opened."""
     variants = 2 if recipe.evaluation.best else 1
     calls = len(sizes.ask) + variants * len(sizes.test)
     asked = sum(sizes.ask) + variants * sum(sizes.test)
@@ -206,7 +215,9 @@ def _time(recipe: Recipe, loaded: Any, prepared: Any, figures: dict[str, Any]) -
     rate = measure_rate(loaded, recipe.training)
     student: ModelConfig = recipe.student.as_model(str(resolve_path(recipe.student.path)))
     sample = prepared.test[:8] or prepared.train[:8]
-    params = GenerateParams(max_tokens=max(1, round(figures["teacher"]["output_tokens"] / max(1, figures["teacher"]["calls"]))))
+    params = GenerateParams(
+        max_tokens=max(1, round(figures["teacher"]["output_tokens"] / max(1, figures["teacher"]["calls"])))
+    )
     with open_model(student) as model:
         started = time.monotonic()
         ask(model, [Request(e.messages, e.tools, params) for e in sample], label="plan: a few answers")
@@ -227,8 +238,8 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
         f"  records   train {records['train_unlabelled']} unlabelled + {records['train_labelled']} labelled, "
         f"validation {records['validation']}, test {records['test']}; {records['rejected']} rejected, "
         f"{records['near_duplicates_removed']} near-duplicates of held-out prompts removed",
-        f"  teacher   {recipe.teacher.model.engine}: at most {teacher['calls']} calls, about {teacher['input_tokens']:,} "
-        f"tokens in and {teacher['output_tokens']:,} out, USD {teacher['usd']:.2f}",
+        f"  teacher   {recipe.teacher.model.engine}: at most {teacher['calls']} calls, about "
+        f"{teacher['input_tokens']:,} tokens in and {teacher['output_tokens']:,} out, USD {teacher['usd']:.2f}",
         f"  training  {training['sequences']} sequences, {training['tokens']:,} tokens in {training['steps']} steps",
         f"  memory    {memory['training_gib']} GiB of {memory['available_gib']} on {memory['on']}: "
         f"{'fits' if memory['fits'] else 'DOES NOT FIT; lower training.tokens_per_step or use training.method=lora'}",
@@ -236,14 +247,17 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
     if "seconds" in figures:
         seconds = figures["seconds"]
         lines.append(
-            f"  time      about {seconds['training'] / 60:.0f} min of training at {seconds['training_tokens_per_s']:.0f} "
-            f"tokens/s and {seconds['measuring'] / 60:.0f} min of measuring on this machine, the teacher's answers apart"
+            f"  time      about {seconds['training'] / 60:.0f} min of training at "
+            f"{seconds['training_tokens_per_s']:.0f} tokens/s and {seconds['measuring'] / 60:.0f} min of measuring on "
+            "this machine, the teacher's answers apart"
         )
     lines += [f"  leaves    {row['what']} -> {row['to']}" for row in figures["leaves_the_machine"]] or [
         "  leaves    nothing leaves this machine"
     ]
     for row in figures["licences"]:
-        lines.append(f"  licence   {row['what']} {row['name']}: {row['license'] or 'not stated'} {row.get('terms', '')}".rstrip())
+        lines.append(
+            f"  licence   {row['what']} {row['name']}: {row['license'] or 'not stated'} {row.get('terms', '')}".rstrip()
+        )
         if row.get("conflict"):
             lines.append(f"            CONFLICT: {row['conflict']}")
     return "\n".join(lines)

@@ -52,7 +52,13 @@ def report(
 ) -> Artifact:
     """Write report.html, report.json, summary.json and student/ with its card."""
     recipe = run.recipe
-    inputs: dict[str, Artifact | str] = {**measured, "data": data, "labelled": labelled, "train": student, "plan": planned}
+    inputs: dict[str, Artifact | str] = {
+        **measured,
+        "data": data,
+        "labelled": labelled,
+        "train": student,
+        "plan": planned,
+    }
 
     def build(folder: Path, work: Path) -> None:
         found = {name: steps.read_result(artifact) for name, artifact in measured.items()}
@@ -91,7 +97,9 @@ def report(
     return run.step("report", inputs=inputs, config=config, rooms=REPORT_ROOMS, build=build)
 
 
-def _models(run: Run, measured: dict[str, Artifact], found: dict[str, Result], student: Artifact) -> tuple[ModelReport, ...]:
+def _models(
+    run: Run, measured: dict[str, Artifact], found: dict[str, Result], student: Artifact
+) -> tuple[ModelReport, ...]:
     recipe, teacher = run.recipe, run.recipe.teacher.model
     trained = read_json(student.path / "training.json")
     size = sum(file.stat().st_size for file in (student.path / "student").glob("*.safetensors"))
@@ -152,9 +160,16 @@ def _gaps(run: Run, found: dict[str, Result]) -> dict[str, Any]:
 
 
 def _comparisons(run: Run, found: dict[str, Result]) -> tuple[Any, ...]:
-    pairs = [("student", "base"), ("teacher", "student"), ("student-best", "base-best"), ("teacher-best", "student-best")]
+    pairs = [
+        ("student", "base"),
+        ("teacher", "student"),
+        ("student-best", "base-best"),
+        ("teacher-best", "student-best"),
+    ]
     return tuple(
-        compare(found[one], found[other], run.recipe.evaluation) for one, other in pairs if one in found and other in found
+        compare(found[one], found[other], run.recipe.evaluation)
+        for one, other in pairs
+        if one in found and other in found
     )
 
 
@@ -220,8 +235,10 @@ def _plan(planned: Artifact, run: Run, labelled: Artifact, student: Artifact) ->
     figures, trained = read_json(planned.path / "plan.json"), read_json(student.path / "training.json")
     asked = read_json(labelled.path / "report.json")
     measuring = sum(a.seconds for name, a in run.made.items() if name.startswith("evaluate"))
-    calls = asked["asked"] + asked["cached"] + sum(
-        len(steps.read_result(a).items) for name, a in run.made.items() if name.startswith("evaluate-teacher")
+    calls = (
+        asked["asked"]
+        + asked["cached"]
+        + sum(len(steps.read_result(a).items) for name, a in run.made.items() if name.startswith("evaluate-teacher"))
     )
     spent = asked["usd"] + sum(
         steps.read_result(a).cost_usd for name, a in run.made.items() if name.startswith("evaluate-teacher")
@@ -238,7 +255,9 @@ def _plan(planned: Artifact, run: Run, labelled: Artifact, student: Artifact) ->
     ]
     if "seconds" in figures:
         rows += [
-            PlanRow(what="training", planned=f"{figures['seconds']['training']} s", actual=f"{trained['seconds']:.0f} s"),
+            PlanRow(
+                what="training", planned=f"{figures['seconds']['training']} s", actual=f"{trained['seconds']:.0f} s"
+            ),
             PlanRow(what="measuring", planned=f"{figures['seconds']['measuring']} s", actual=f"{measuring:.0f} s"),
         ]
     return tuple(rows)

@@ -1,6 +1,7 @@
 """The steps of a distillation, each an artifact: found if it stands, resumed if it was interrupted, else built.
 
     prepare   -> train.jsonl validation.jsonl test.jsonl report.json
+    plan      -> plan.json
     label     -> train.jsonl (with targets) report.json cap.json
     evaluate  -> result.json [speed.json], one artifact per model and variant
     train     -> student/ training.json metrics.jsonl
@@ -62,7 +63,9 @@ class Run:
         build: Callable[[Path, Path], None],
     ) -> Artifact:
         artifact = self.store.step(name, inputs=inputs, config=config, rooms=rooms, build=build)
-        telemetry.note(f"{name:<22} {'found' if artifact.reused else 'done'}  ({artifact.seconds:.1f} s)  {artifact.key}")
+        telemetry.note(
+            f"{name:<22} {'found' if artifact.reused else 'done'}  ({artifact.seconds:.1f} s)  {artifact.key}"
+        )
         self.made[name] = artifact
         return artifact
 
@@ -86,7 +89,9 @@ def prepare(run: Run) -> Artifact:
 
     recipe = run.recipe
     student = resolve_path(recipe.student.path)
-    inputs: dict[str, Artifact | str] = {f"source {source.path}": _source_digest(source) for source in recipe.data.sources}
+    inputs: dict[str, Artifact | str] = {
+        f"source {source.path}": _source_digest(source) for source in recipe.data.sources
+    }
     inputs["tokenizer"] = _weights_digest(str(student))
 
     def build(folder: Path, work: Path) -> None:
@@ -97,6 +102,21 @@ def prepare(run: Run) -> Artifact:
 
     config = {"data": plain(recipe.data), "seed": recipe.seed, "chat_template": recipe.student.chat_template}
     return run.step("prepare", inputs=inputs, config=config, rooms=PREPARE_ROOMS, build=build)
+
+
+def foretell(run: Run, data: Artifact) -> Artifact:
+    """The plan, before anything is spent, so that the report can set actual figures beside it."""
+    from stillroom.data import Prepared
+    from stillroom.pipeline.plan import plan
+
+    def build(folder: Path, work: Path) -> None:
+        splits = [tuple(read_examples(data.path / f"{name}.jsonl")) for name in ("train", "validation", "test")]
+        found = plan(run.recipe, prepared=Prepared(*splits, report=read_json(data.path / "report.json")))
+        telemetry.note(found.text)
+        write_json(folder / "plan.json", found.figures)
+
+    rooms = ("pipeline/plan", "schema")
+    return run.step("plan", inputs={"data": data}, config={"recipe": plain(run.recipe)}, rooms=rooms, build=build)
 
 
 def label(run: Run, data: Artifact) -> Artifact:
@@ -116,13 +136,17 @@ def label(run: Run, data: Artifact) -> Artifact:
         lengths = [len(encode_target(tokenizer, example.targets[0].message)) for example in labelled]
         write_examples(folder / "train.jsonl", labelled)
         write_json(folder / "report.json", report.to_dict())
-        write_json(folder / "cap.json", {"longest": max(lengths, default=0), "cap": answer_cap(lengths, recipe.evaluation)})
+        write_json(
+            folder / "cap.json", {"longest": max(lengths, default=0), "cap": answer_cap(lengths, recipe.evaluation)}
+        )
 
     config = {"teacher": plain(recipe.teacher), "answer_cap_ratio": recipe.evaluation.answer_cap_ratio}
     return run.step("label", inputs=inputs, config=config, rooms=LABEL_ROOMS, build=build)
 
 
-def measure(run: Run, role: str, model: ModelConfig, labelled: Artifact, data: Artifact, *, best: bool, speed: bool) -> Artifact:
+def measure(
+    run: Run, role: str, model: ModelConfig, labelled: Artifact, data: Artifact, *, best: bool, speed: bool
+) -> Artifact:
     """Score one model on the held-out items, plain or at its best; with `speed`, time it too."""
     recipe = run.recipe
     inputs: dict[str, Artifact | str] = {"data": data, "labelled": labelled, **_model_inputs(model)}
@@ -132,17 +156,25 @@ def measure(run: Run, role: str, model: ModelConfig, labelled: Artifact, data: A
         test = read_examples(data.path / "test.jsonl")
         cap = read_json(labelled.path / "cap.json")["cap"]
         shots = choose_shots(read_examples(labelled.path / "train.jsonl"), recipe.evaluation) if best else ()
-        title = f"{role}{' at its best' if best else ''}"
         result = evaluate(
-            opened, test, recipe.evaluation, max_tokens=cap, answers=run.answers if role == "teacher" else work / "answers",
-            best=best, shots=shots, concurrency=getattr(opened, "concurrency", None), label=title,
-        )  # fmt: skip
+            opened,
+            test,
+            recipe.evaluation,
+            max_tokens=cap,
+            answers=run.answers if role == "teacher" else work / "answers",
+            best=best,
+            shots=shots,
+            concurrency=getattr(opened, "concurrency", None),
+            label=f"{role}{' at its best' if best else ''}",
+        )
         write_json(folder / "result.json", result.model_dump(mode="json"))
         timed = measure_speed(opened, test, recipe.evaluation, max_tokens=cap, in_process=True) if speed else None
         write_json(folder / "speed.json", timed.model_dump(mode="json") if timed else None)
 
     config = {"model": plain(model), "evaluation": _measured_by(recipe.evaluation), "best": best, "speed": speed}
-    return run.step(f"evaluate-{role}{'-best' if best else ''}", inputs=inputs, config=config, rooms=EVALUATE_ROOMS, build=build)
+    return run.step(
+        f"evaluate-{role}{'-best' if best else ''}", inputs=inputs, config=config, rooms=EVALUATE_ROOMS, build=build
+    )
 
 
 def train(run: Run, labelled: Artifact, data: Artifact) -> Artifact:
@@ -241,4 +273,3 @@ def _weights_digest(path: str) -> str:
 def _source_digest(source: Any) -> str:
     path = resolve_path(source.path)
     return file_digest(path) if path.exists() else "missing"
-

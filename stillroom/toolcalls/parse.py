@@ -26,13 +26,14 @@ CALL_DIALECTS: Final = ("auto", "python", "json", "hermes", "llama")
 _PYTHON_TAG = "<|python_tag|>"
 _FUNCTION_TAG = re.compile(r"<function=([^<>\s]{1,256})>")
 _FENCE = re.compile(r"```[\w+-]*+[ \t]*+\n?")
-_OPENS = rf"{NAME.pattern}[ \t]*+\("
-# Where calls may start inside prose: a bracketed call anywhere, a bare one or an object only at a line's start.
+_OBJECT = r"\{[ \t\r\n]*+[\"'](?:name|function|type)[\"']"
+# Where calls may start inside prose: a list of them anywhere, a bare one or an object only at a line's start. A
+# space before the parenthesis makes "Paris (France) is" out of a bare call, so only a list may have one.
 _START = re.compile(
-    rf"\[[ \t\r\n]*+(?:{_OPENS}|\{{[ \t\r\n]*+[\"'](?:name|function|type)[\"'])"
-    rf"|(?m:^)[ \t]*+(?:{_OPENS}|\{{[ \t\r\n]*+[\"'](?:name|function|type)[\"'])"
+    rf"\[[ \t\r\n]*+(?:{NAME.pattern}[ \t]*+\(|{_OBJECT})|(?m:^)[ \t]*+(?:{NAME.pattern}\(|{_OBJECT})"
 )
-_CALL_HERE = re.compile(_OPENS)
+_CALL_HERE = re.compile(rf"{NAME.pattern}[ \t]*+\(")
+_BARE_CALL = re.compile(rf"{NAME.pattern}\(")
 _EMPTY = re.compile(r"\[[ \t\r\n]*+\]")
 _OBJECT_HERE = re.compile(r"\[?+[ \t\r\n]*+\{")
 
@@ -97,7 +98,7 @@ def _starts_calls(text: str, position: int, char: str) -> bool:
     if char == "[":
         # "[1] says that ..." is prose; "[]" says in so many words that nothing is called.
         return _START.match(text, position) is not None or _EMPTY.match(text, position) is not None
-    return _CALL_HERE.match(text, position) is not None
+    return _BARE_CALL.match(text, position) is not None
 
 
 def _calls_here(scanner: Scanner) -> list[ToolCall]:

@@ -7,31 +7,29 @@ condition, an unknown type) admits more than it should, never less.
 Two readings of ours, where JSON Schema leaves more open than a tool means: an object that declares properties has
 no others unless `additionalProperties` says so, and an `enum` whose values do not fit the declared type
 (BFCL has them) speaks of a list's items if they fit those, and of nothing otherwise.
+
+Named tuples, not dataclasses: making eight of those took longer than the rest of this room's import.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(NamedTuple):
     """Any value of one of JSON's scalar types: `string`, `integer`, `number`, `boolean`, `null`, or `any` at all."""
 
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class Literal:
+class Literal(NamedTuple):
     """One of these values."""
 
     values: tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class List:
+class List(NamedTuple):
     """A list; `most` is None where its length is not bounded."""
 
     items: Shape
@@ -39,8 +37,7 @@ class List:
     most: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One declared property."""
 
     name: str
@@ -48,23 +45,20 @@ class Field:
     required: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """An object: its declared properties in order, and the shape of any others (None: there are no others)."""
 
     fields: tuple[Field, ...]
     others: Shape | None
 
 
-@dataclass(frozen=True, slots=True)
-class Union:
+class Union(NamedTuple):
     """Any of these."""
 
     shapes: tuple[Shape, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """The shape of that name in `Shapes.named`; how a schema refers to itself."""
 
     name: str
@@ -76,8 +70,7 @@ ANY: Final = Plain("any")
 _SCALARS: Final = ("string", "integer", "number", "boolean", "null")
 
 
-@dataclass(frozen=True, slots=True)
-class Shapes:
+class Shapes(NamedTuple):
     """A schema's shape, and the shapes that it refers to by name."""
 
     root: Record

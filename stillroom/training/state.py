@@ -1,0 +1,127 @@
+"""Everything that a run needs to go on where it was: weights, optimizer, random state, history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stillroom.checkpoint import Checkpointer
+from stillroom.errors import CheckpointCorrupt, CheckpointError
+from stillroom.models.packing import TokenSequence
+from stillroom.schema import digest
+from stillroom.telemetry import note
+from stillroom.training.config import TrainConfig
+from stillroom.training.step import Stepper, StepReport
+
+VERSION = 1
+"""Raised when the arithmetic of training changes, so that an older checkpoint is not continued differently."""
+
+UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest")
+"""Settings that may change between a kill and a resumption."""
+
+
+@dataclass
+class Run:
+    """How far a run is, and one line of figures for every step so far."""
+
+    fingerprint: str
+    step: int = 0
+    seconds: float = 0.0
+    done: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+
+    def add(self, report: StepReport, epoch: int, rate: float, step_s: float) -> dict[str, float]:
+        """Count a step; its line in the history."""
+        line = {
+            "loss": report.loss,
+            "learning_rate": rate,
+            "gradient_norm": report.gradient_norm,
+            "epoch": epoch + 1,
+            "tokens": report.tokens,
+            "scored_tokens": report.scored_tokens,
+            "step_s": step_s,
+            "tokens_per_s": report.tokens / step_s,
+        }
+        self.step += 1
+        self.history.append(line)
+        return line
+
+
+def fingerprint(
+    loaded: Any,
+    sequences: list[TokenSequence],
+    held_out: list[TokenSequence],
+    config: TrainConfig,
+    seed: int,
+    precision: str,
+) -> str:
+    """What makes two runs the same run: start, data, settings."""
+    return digest(
+        {
+            "version": VERSION,
+            "weights": loaded.digest,
+            "data": [[list(s.ids), s.first_target] for s in (*sequences, *held_out)],
+            "config": config.model_dump(mode="json", exclude=set(UNIMPORTANT)),
+            "seed": seed,
+            "precision": precision,
+        }
+    )
+
+
+def save(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
+    """Commit the state after `run.step` steps; a finished run needs no optimizer any more."""
+    state = _state(stepper, run)
+    if run.done:
+        del state["optimizer"]
+    checkpointer.save(run.step, state).result()
+
+
+def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
+    """Go back to the newest checkpoint, if there is one; a damaged one is set aside, and said to be.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run.
+    """
+    state = _state(stepper, run)
+    while steps := checkpointer.steps():
+        try:
+            checkpointer.load(into=state)
+        except CheckpointCorrupt as error:
+            aside = checkpointer.set_aside(steps[-1])
+            going_on = f"continuing from step {steps[-2]}" if len(steps) > 1 else "starting again from step 0"
+            note(f"{error}\nIt was set aside as {aside}; {going_on}.")
+            continue
+        values = state["run"]
+        if values["fingerprint"] != run.fingerprint:
+            raise CheckpointError(
+                f"{checkpointer.root} holds a checkpoint of another run (other data, weights or settings).\n"
+                "help: give each run a directory of its own, or delete this one to start again."
+            )
+        run.step, run.seconds, run.done = values["step"], values["seconds"], values["done"]
+        run.history = values["history"]
+        run.resumed_at = values["resumed_at"] if run.done else [*values["resumed_at"], run.step]
+        torch.set_rng_state(state["random"])
+        if not run.done:
+            note(f"training resumes at step {run.step}")
+        return
+
+
+def _state(stepper: Stepper, run: Run) -> dict[str, Any]:
+    moments = {name: stepper.optimizer.state[parameter] for name, parameter in stepper.trained.items()}
+    values = {
+        "fingerprint": run.fingerprint,
+        "step": run.step,
+        "seconds": run.seconds,
+        "done": run.done,
+        "history": run.history,
+        "resumed_at": run.resumed_at,
+    }
+    return {
+        "weights": {name: p.detach() for name, p in stepper.trained.items()},
+        "optimizer": moments,
+        "random": torch.get_rng_state(),
+        "run": values,
+    }

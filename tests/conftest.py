@@ -1,0 +1,61 @@
+"""A student small enough to train in a second, and records for it; real files throughout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer, as a Transformers directory."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=SPECIAL[0], eos_token="<|im_end|>", pad_token=SPECIAL[0],
+        additional_special_tokens=SPECIAL[1:2],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+CITIES = ["Oslo", "Rome", "Lima", "Cairo", "Quito", "Delhi", "Perth", "Kyoto", "Tunis", "Turin"]
+
+
+def weather_record(index: int, *, answer: bool) -> dict:
+    """An OpenAI chat record with a tool of its own and, if asked, the right call."""
+    city, name = CITIES[index % len(CITIES)], f"weather_{index}"
+    tool = {
+        "name": name,
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    }
+    messages: list[dict] = [{"role": "user", "content": f"Report number {index}: what is it like in {city}?"}]
+    if answer:
+        call = {"name": name, "arguments": json.dumps({"city": city})}
+        messages.append({"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": call}]})
+    return {"messages": messages, "tools": [{"type": "function", "function": tool}]}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

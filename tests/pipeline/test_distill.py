@@ -1,0 +1,127 @@
+"""The main path on a tiny student and a real HTTP teacher: whole, resumable, redone exactly where it must be."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stillroom.artifacts import file_digest, lineage
+from stillroom.config import load_config
+from stillroom.pipeline import Recipe, distill, plan
+from stillroom.testing import LocalTeacher
+from tests.pipeline.recipe import answer, command, write_recipe
+
+STEPS = ["evaluate-base", "evaluate-student", "evaluate-teacher", "label", "plan", "prepare", "report", "train"]
+
+
+def weights(out: Path) -> str:
+    return file_digest(out / "student" / "model.safetensors")
+
+
+def built(out: Path) -> dict[str, str]:
+    return {path.name.rsplit("-", 1)[0]: path.name for path in (out / "artifacts").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_student):
+    """One whole run: its folder, recipe, teacher and summary."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with LocalTeacher(answer, log=folder / "calls.jsonl") as teacher:
+        recipe = write_recipe(folder, tiny_student, teacher.url)
+        summary = distill(load_config(Recipe, recipe), folder / "runs" / "short", command="test")
+        yield folder, recipe, teacher, summary
+
+
+def test_a_run_ends_in_a_report_and_a_student(undisturbed):
+    folder, _, teacher, summary = undisturbed
+    out = folder / "runs" / "short"
+    assert sorted(built(out)) == STEPS
+    assert summary["items"] == {"train": 24, "test": 12}
+    assert set(summary["accuracy"]) == {"base", "teacher", "student"}
+    assert summary["accuracy"]["teacher"]["pooled"] == 1.0
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert {"model.safetensors", "config.json", "README.md"} <= {p.name for p in (out / "student").iterdir()}
+    assert max(teacher.calls().values()) == 1
+
+
+def test_the_same_command_again_does_nothing(undisturbed):
+    folder, recipe, teacher, summary = undisturbed
+    out = folder / "runs" / "short"
+    before, calls = built(out), sum(teacher.calls().values())
+    again = distill(load_config(Recipe, recipe), out, command="test")
+    assert built(out) == before
+    assert sum(teacher.calls().values()) == calls
+    assert again["accuracy"] == summary["accuracy"]
+
+
+def test_a_changed_setting_redoes_exactly_what_depends_on_it(undisturbed):
+    folder, recipe, _, _ = undisturbed
+    out = folder / "runs" / "short"
+    before = set((out / "artifacts").iterdir())
+    distill(load_config(Recipe, recipe, ["training.epochs=1"]), out, command="test")
+    redone = {path.name.rsplit("-", 1)[0] for path in set((out / "artifacts").iterdir()) - before}
+    assert redone == {"plan", "train", "evaluate-student", "report"}
+
+
+def test_another_run_pays_nothing_again(undisturbed):
+    folder, recipe, teacher, _ = undisturbed
+    calls = sum(teacher.calls().values())
+    distill(load_config(Recipe, recipe), folder / "runs" / "second", command="test")
+    assert sum(teacher.calls().values()) == calls
+    assert weights(folder / "runs" / "second") == weights(folder / "runs" / "short")
+
+
+def test_lineage_of_the_student_reaches_the_data(undisturbed):
+    folder, *_ = undisturbed
+    tree = lineage(folder / "runs" / "short" / "student")
+    train = tree["parents"]["train"]
+    assert train["step"] == "train"
+    sources = train["parents"]["labelled"]["parents"]["data"]["parents"]
+    assert any(role.endswith("prompts.jsonl") for role in sources)
+
+
+def test_the_plan_says_what_leaves_the_machine_and_what_it_takes(undisturbed):
+    _, recipe, teacher, _ = undisturbed
+    found = plan(load_config(Recipe, recipe), measure=False)
+    assert found.figures["records"]["train_unlabelled"] == 19
+    assert found.figures["records"]["train_labelled"] == 5
+    assert found.figures["teacher"]["calls"] == 19 + 12
+    assert found.figures["leaves_the_machine"][0]["to"] == teacher.url
+    assert teacher.url in found.text
+    assert plan(load_config(Recipe, recipe), gpu="h200", measure=False).figures["memory"]["fits"]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_a_run_finishes_and_nothing_is_paid_twice(tmp_path, tiny_student, undisturbed, kills):
+    """One kill -9 in each of `kills` runs, at moments spread over an undisturbed run; each is run again to its end."""
+    reference = weights(undisturbed[0] / "runs" / "second") if (undisturbed[0] / "runs" / "second").exists() else None
+    moments = random.Random(kills)
+    duration = None
+    for attempt in range(kills + 1):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with LocalTeacher(answer, log=folder / "calls.jsonl", delay_s=0.02) as teacher:
+            run = command(write_recipe(folder, tiny_student, teacher.url), folder / "runs" / "short")
+            started = time.monotonic()
+            process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            if duration is not None:
+                time.sleep(moments.uniform(0.1, 1.0) * duration)
+                process.send_signal(signal.SIGKILL)
+            process.communicate()
+            if duration is None:
+                duration = time.monotonic() - started
+            done = subprocess.run(run, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert json.loads(done.stdout.splitlines()[-1])["items"] == {"train": 24, "test": 12}
+            # Two requests are in flight at most, so a kill can lose two answers that were never stored.
+            repeated = [digest for digest, count in teacher.calls().items() if count > 1]
+            assert len(repeated) <= 2
+            assert all(count <= 2 for count in teacher.calls().values())
+        reference = reference or weights(folder / "runs" / "short")
+        assert weights(folder / "runs" / "short") == reference
