@@ -35,9 +35,7 @@ _CALL = re.compile(r"\s*+(?:\[|\{|<tool_call>|<\|python_tag\|>|```|[A-Za-z_][\w.
 
 def advice(example: Example) -> list[Finding]:
     """What to warn about; at most eight findings, each once."""
-    tools, about_tools = example.tools, tuple(_about_tools(example.tools))
-    if not tools:
-        tools, about_tools = _tools_in_prompt(example.messages)
+    tools, about_tools = (example.tools, _about_tools(example.tools)) if example.tools else _found(example.messages)
     if not tools:
         return []
     findings = list(about_tools)
@@ -48,11 +46,11 @@ def advice(example: Example) -> list[Finding]:
     return list(dict.fromkeys(findings))[:MOST_FINDINGS]
 
 
-def _about_tools(tools: Sequence[ToolSpec]) -> list[Finding]:
-    return [
+def _about_tools(tools: Sequence[ToolSpec]) -> tuple[Finding, ...]:
+    return tuple(
         (Reason.UNDECLARED_REQUIRED, f"{excerpt(tool)} requires {excerpt(name)!r} and does not declare it")
         for tool, name in _undeclared(tools)
-    ]
+    )
 
 
 def _undeclared(tools: Sequence[ToolSpec]) -> Iterator[tuple[str, str]]:
@@ -115,7 +113,7 @@ def _grounded(value: str, prompt: str) -> bool:
     return not words or any(word[:STEM_CHARS] in prompt for word in words)
 
 
-def _tools_in_prompt(messages: Sequence[Message]) -> ToolsFound:
+def _found(messages: Sequence[Message]) -> ToolsFound:
     """Tools written in a system or user text, and what to warn about them."""
     for message in messages:
         text = message.content

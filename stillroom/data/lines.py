@@ -19,6 +19,8 @@ from stillroom.data.reasons import Reason, Reject
 
 BLOCK_BYTES = 1 << 18
 EXPANSION_GRACE_BYTES = 16 << 20  # a small file of repeated text may compress beyond any ratio
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLANK = b" \t\r"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -41,7 +43,9 @@ def lines(path: Path, *, line_bytes: int, expansion_ratio: int) -> Iterator[tupl
         Reject: the file cannot be opened, is no regular file, or its compressed data is unusable.
     """
     number, rest, skipped = 0, b"", 0
-    for block in blocks(path, expansion_ratio=expansion_ratio):
+    for position, block in enumerate(blocks(path, expansion_ratio=expansion_ratio)):
+        if position == 0:
+            block = block.removeprefix(BYTE_ORDER_MARK)
         *complete, tail = block.split(b"\n")
         if complete:
             complete[0] = rest + complete[0]
@@ -52,7 +56,7 @@ def lines(path: Path, *, line_bytes: int, expansion_ratio: int) -> Iterator[tupl
                 skipped = 0
                 if length > line_bytes:
                     yield number, TooLong(length)
-                elif line := _trimmed(line, number):
+                elif line := line.strip(BLANK):
                     yield number, line
         if skipped or len(rest) + len(tail) > line_bytes:
             skipped += len(rest) + len(tail)
@@ -61,7 +65,7 @@ def lines(path: Path, *, line_bytes: int, expansion_ratio: int) -> Iterator[tupl
             rest += tail
     if skipped:
         yield number + 1, TooLong(skipped)
-    elif line := _trimmed(rest, number + 1):
+    elif line := rest.strip(BLANK):
         yield number + 1, line
 
 
@@ -129,9 +133,3 @@ def _expanded(data: bytes, file: BinaryIO, expansion_ratio: int) -> Iterator[byt
             taken += len(data)
             if expander.eof and (data := data.lstrip(b"\0")):
                 expander = zlib.decompressobj(wbits=31)
-
-
-def _trimmed(line: bytes, number: int) -> bytes:
-    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-        line = line[3:]
-    return line.strip(b" \t\r")

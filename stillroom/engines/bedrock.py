@@ -60,7 +60,9 @@ class BedrockModel(Engine):
                 "bedrock-runtime", region_name=config.region, endpoint_url=config.url, config=options
             )
         except NoRegionError as error:
-            raise ModelError("no AWS region is set.\nhelp: set `region` in the config, or AWS_DEFAULT_REGION.") from error
+            raise ModelError(
+                "no AWS region is set.\nhelp: set `region` in the config, or AWS_DEFAULT_REGION."
+            ) from error
         except (BotoCoreError, ValueError) as error:
             raise ModelError(f"boto3 cannot make a client for {self.name}: {error}.") from error
         self._pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="bedrock")
@@ -99,7 +101,9 @@ class BedrockModel(Engine):
         except ClientError as error:
             raise self._client_error(error) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
-            raise ModelRefused(f"{self.name}: {error}.\nhelp: set up AWS credentials where boto3 finds them.") from error
+            raise ModelRefused(
+                f"{self.name}: {error}.\nhelp: set up AWS credentials where boto3 finds them."
+            ) from error
         except (HTTPClientError, EndpointConnectionError, ConnectionClosedError) as error:
             raise ModelUnavailable(f"{self.name} cannot be reached: {error}.") from error
         except BotoCoreError as error:  # what boto3 refuses to send, or cannot read

@@ -121,8 +121,10 @@ def _forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, 
 
 def _take(job: Job, token: int, end_ids: frozenset[int]) -> None:
     job.written.append(token)
-    if token in end_ids or (job.matcher is not None and job.matcher.take(token)) or (
-        job.stopped_by_text is not None and job.stopped_by_text(job.written)
+    if (
+        token in end_ids
+        or (job.matcher is not None and job.matcher.take(token))
+        or (job.stopped_by_text is not None and job.stopped_by_text(job.written))
     ):
         job.finish = "stop"
     elif len(job.written) >= job.max_tokens:

@@ -118,7 +118,8 @@ def _expected_pairs(expected: Any) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(expected, list | tuple):
         return []
     calls = [call for call in expected if isinstance(call, Mapping)]
-    return [(str(n), dict(a)) for call in calls for n, a in call.items() if isinstance(a, Mapping)]
+    pairs = [(str(name), wanted) for call in calls for name, wanted in call.items() if isinstance(wanted, Mapping)]
+    return [(name, dict(wanted)) for name, wanted in pairs if all(isinstance(v, list) for v in wanted.values())]
 
 
 def _text(value: Any) -> str:

@@ -102,7 +102,7 @@ def _accuracy(models: Sequence[ModelReport]) -> dict[str, Any]:
         bar = charts.interval_bar(model.role, value, top)
         return {"role": model.role, "name": model.name, "value": value, "bar": bar}
 
-    groups = [{"name": name, "rows": [row(model, value) for model, value in rows]} for name, rows in table.items()]
+    groups = [{"name": name, "rows": [row(*each) for each in rows]} for name, rows in table.items() if rows]
     return {"groups": groups, "axis": charts.axis(top)}
 
 

@@ -61,6 +61,8 @@ class GgufFile:
             values: np.ndarray[Any, Any] = dequantize(raw.reshape(rows, -1), kind)
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
             raise ModelError(f"tensor {name} of {self.path} cannot be read: {error}.\nhelp: fetch the file again.") from error
+        # fp32 tensors come back as a view of the file, which must not be trained in place.
+        values = values if values.flags.writeable else values.copy()
         return values.astype(np.float32, copy=False).reshape(info.shape)
 
 

@@ -55,7 +55,8 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 """What llama.cpp's pre-tokenizer ids mean, in the form of a tokenizer.json (llama-vocab.cpp, `load`)."""
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Kinds of token, as ggml numbers them."""
 
 
 def gguf_name(name: str) -> str | None:

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Recipe as Recipe
     from stillroom.pipeline.config import StudentConfig as StudentConfig
-    from stillroom.pipeline.distill import distill as distill
-    from stillroom.pipeline.distill import record as record
+    from stillroom.pipeline.distillation import distill as distill
+    from stillroom.pipeline.distillation import record as record
     from stillroom.pipeline.measure import evaluate_model as evaluate_model
-    from stillroom.pipeline.plan import plan as plan
+    from stillroom.pipeline.planning import plan as plan
 
 _HOMES = {
     "Recipe": "config",
     "StudentConfig": "config",
-    "distill": "distill",
+    "distill": "distillation",
     "evaluate_model": "measure",
-    "plan": "plan",
-    "record": "distill",
+    "plan": "planning",
+    "record": "distillation",
 }
 
 __all__ = sorted(_HOMES)

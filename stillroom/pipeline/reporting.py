@@ -32,7 +32,7 @@ from stillroom.evaluation import (
 )
 from stillroom.evaluation.headline import headline
 from stillroom.pipeline import steps
-from stillroom.pipeline.plan import leaves_the_machine, licences
+from stillroom.pipeline.planning import leaves_the_machine, licences
 from stillroom.pipeline.steps import Run, read_json
 
 REPORT_ROOMS = ("evaluation", "pipeline", "schema")

@@ -107,7 +107,7 @@ def prepare(run: Run) -> Artifact:
 def foretell(run: Run, data: Artifact) -> Artifact:
     """The plan, before anything is spent, so that the report can set actual figures beside it."""
     from stillroom.data import Prepared
-    from stillroom.pipeline.plan import plan
+    from stillroom.pipeline.planning import plan
 
     def build(folder: Path, work: Path) -> None:
         splits = [tuple(read_examples(data.path / f"{name}.jsonl")) for name in ("train", "validation", "test")]
@@ -115,7 +115,7 @@ def foretell(run: Run, data: Artifact) -> Artifact:
         telemetry.note(found.text)
         write_json(folder / "plan.json", found.figures)
 
-    rooms = ("pipeline/plan", "schema")
+    rooms = ("pipeline/planning", "schema")
     return run.step("plan", inputs={"data": data}, config={"recipe": plain(run.recipe)}, rooms=rooms, build=build)
 
 
@@ -164,7 +164,6 @@ def measure(
             answers=run.answers if role == "teacher" else work / "answers",
             best=best,
             shots=shots,
-            concurrency=getattr(opened, "concurrency", None),
             label=f"{role}{' at its best' if best else ''}",
         )
         write_json(folder / "result.json", result.model_dump(mode="json"))

@@ -167,13 +167,13 @@ class _Writer:
     # -- fields: of a call or of an object ----------------------------------------------------------------
 
     def _fields(
-        self, shape: Record, name: str, one: Callable[[Field, str], str], others: Callable[[Shape], str]
+        self, shape: Record, name: str, one: Callable[[Field, str], str], others: Callable[[Shape, str], str]
     ) -> str:
         """The fields in order, optional ones or not, with ", " between those that are there; may be nothing."""
         comma = _quoted(", ")
         rules = [(self._named(f"{name}-f{i}", one(f, f"{name}-f{i}")), f.required) for i, f in enumerate(shape.fields)]
         if shape.others is not None:
-            other = self._named(f"{name}-o", others(shape.others))
+            other = self._named(f"{name}-o", others(shape.others, f"{name}-o"))
             rules.append((self._named(f"{name}-os", f"{other} ( {comma} {other} )*"), False))
         first = next((index for index, (_, required) in enumerate(rules) if required), None)
         if first is None:
@@ -202,14 +202,14 @@ class _Writer:
             return f"{_quoted(field.name + '=')} {value}"
         return f"{_quoted(f'**{{{_json_value(field.name)}: ')} {value} {_quoted('}')}"
 
-    def _any_argument(self, shape: Shape) -> str:
-        return f"[a-zA-Z_] [a-zA-Z0-9_]* {_quoted('=')} {self._shape(shape, 'other')}"
+    def _any_argument(self, shape: Shape, name: str) -> str:
+        return f"[a-zA-Z_] [a-zA-Z0-9_]* {_quoted('=')} {self._shape(shape, name)}"
 
     def _pair(self, field: Field, name: str) -> str:
         return f"{_quoted(_json_value(field.name) + ': ')} {self._shape(field.shape, name)}"
 
-    def _any_pair(self, shape: Shape) -> str:
-        return f"{self._plain('string')} {_quoted(': ')} {self._shape(shape, 'other')}"
+    def _any_pair(self, shape: Shape, name: str) -> str:
+        return f"{self._plain('string')} {_quoted(': ')} {self._shape(shape, name)}"
 
     def _named(self, name: str, body: str) -> str:
         """A rule for an expression that is used more than once; one that is a rule's name already stays it."""

@@ -71,8 +71,14 @@ def run_report(n: int = 24, *, examples: tuple[Example, ...] | None = None, **wr
     test = examples or items(n)
     n = len(test)
     rights = {"base": 0, "teacher": n * 3 // 4, "student": n // 2}
-    defaults = {"base": "Weather is nice.", "teacher": "[weather_1(city=", "student": '[weather_1(city="Nowhere", x=1)]'}
-    models = {role: model(f"{role}-model", test, right, wrong.get(role, defaults[role])) for role, right in rights.items()}
+    defaults = {
+        "base": "Weather is nice.",
+        "teacher": "[weather_1(city=",
+        "student": '[weather_1(city="Nowhere", x=1)]',
+    }
+    models = {
+        role: model(f"{role}-model", test, right, wrong.get(role, defaults[role])) for role, right in rights.items()
+    }
     shots = choose_shots([item(100 + i, split="train") for i in range(4)], CONFIG)
     plain = {role: evaluate(m, test, CONFIG, max_tokens=64) for role, m in models.items()}
     best = {role: evaluate(m, test, CONFIG, max_tokens=64, best=True, shots=shots) for role, m in models.items()}

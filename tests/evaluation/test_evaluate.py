@@ -131,7 +131,9 @@ def test_a_model_that_answers_nothing_is_an_error_not_a_zero():
     with pytest.raises(NotEnoughData, match="no recorded answer"):
         evaluate(ScriptedModel({e.messages[-1].content: NotRecorded("-") for e in test}), test, CONFIG, max_tokens=8)
     with pytest.raises(ModelRefused, match="bad key"):
-        evaluate(ScriptedModel({e.messages[-1].content: ModelRefused("bad key") for e in test}), test, CONFIG, max_tokens=8)
+        evaluate(
+            ScriptedModel({e.messages[-1].content: ModelRefused("bad key") for e in test}), test, CONFIG, max_tokens=8
+        )
     with pytest.raises(NotEnoughData, match="no held-out examples"):
         evaluate(ScriptedModel([]), [], CONFIG, max_tokens=8)
 
@@ -190,7 +192,9 @@ def test_comparison_is_paired_on_common_items_only():
 
 def test_gap_closed_over_results():
     test = items(40)
-    base, teacher, student = (evaluate(model(n, test, k), test, CONFIG, max_tokens=8) for n, k in zip("bts", (0, 30, 20), strict=True))
+    base, teacher, student = (
+        evaluate(model(n, test, k), test, CONFIG, max_tokens=8) for n, k in zip("bts", (0, 30, 20), strict=True)
+    )
     gap = gap_closed(base, teacher, student, CONFIG)
     assert gap.value == pytest.approx(2 / 3)
     assert gap.low < gap.value < gap.high

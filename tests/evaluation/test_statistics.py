@@ -158,7 +158,10 @@ def test_mean_interval_agrees_with_scipys_bootstrap():
 def test_sign_flip_p_value_agrees_with_enumerating_every_flip():
     first, second = [0.9, 0.7, 0.8, 0.6, 0.9, 0.5, 0.7], [0.4, 0.6, 0.7, 0.7, 0.3, 0.4, 0.2]
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    totals = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in itertools.product((1, -1), repeat=7)]
+    totals = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=7)
+    ]
     exact = sum(total >= abs(sum(differences)) - 1e-12 for total in totals) / len(totals)
     _, p_value = statistics.paired_mean_difference(first, second, samples=20_000)
     assert p_value == pytest.approx(exact, abs=0.01)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 
-from stillroom.errors import DataError, ParseError
+from stillroom.errors import ParseError
+from stillroom.schema import ToolCall
 from stillroom.toolcalls import CALL_DIALECTS, parse_calls, read_tools, render_calls, validate_calls
+from stillroom.toolcalls.literals import NAME
 from tests.toolcalls.strategies import fuzz_count, hostile_texts
 
 TOOLS = read_tools({"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}})
@@ -18,24 +21,26 @@ def fuzz(count: int, seed: int) -> int:
     read = 0
     for text in hostile_texts(count, seed):
         for dialect in CALL_DIALECTS:
-            try:
-                calls = parse_calls(text, dialect)
-            except ParseError as error:
-                assert 0 <= error.position <= len(text)
+            calls = calls_or_error(text, dialect)
+            if isinstance(calls, ParseError):
+                assert 0 <= calls.position <= len(text)
                 continue
             read += 1
             validate_calls(calls, TOOLS)
             json.dumps([dict(call.arguments) for call in calls], allow_nan=False).encode()
             assert parse_calls(render_calls(calls, "json"), "json") == calls
-            try:
+            if all(NAME.fullmatch(call.name) for call in calls):  # JSON may name a tool as Python cannot
                 assert parse_calls(render_calls(calls), "python") == calls
-            except DataError as error:  # JSON may name a tool as Python cannot
-                assert "cannot be written" in str(error)
-        try:
+        with contextlib.suppress(ParseError):
             read_tools(text)
-        except ParseError:
-            pass
     return read
+
+
+def calls_or_error(text: str, dialect: str) -> tuple[ToolCall, ...] | ParseError:
+    try:
+        return parse_calls(text, dialect)
+    except ParseError as error:
+        return error
 
 
 def test_hostile_text_raises_parse_errors_only():

@@ -91,13 +91,15 @@ def test_nothing_else_is_admitted(byte_tokenizer, answer):
     assert not admits(byte_tokenizer, grammar(WEATHER), answer)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=fuzz_count(30), deadline=None)
 @given(data=st.data(), tools=tool_lists)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_valid_call_is_admitted(byte_tokenizer, dialect, data, tools):
     calls = data.draw(
         st.lists(st.sampled_from(tools), min_size=1, max_size=2).flatmap(
-            lambda chosen: st.tuples(*(st.builds(ToolCall, st.just(t.name), arguments_of(t.parameters)) for t in chosen))
+            lambda chosen: st.tuples(
+                *(st.builds(ToolCall, st.just(t.name), arguments_of(t.parameters)) for t in chosen)
+            )
         )
     )
     answer = "".join(render_in_declared_order(calls, tools, dialect))

@@ -53,7 +53,7 @@ TRUTH = {
     "grid": ["", [[1, 2], [3]]],
     "filter": ["", {"kind": ["Open-Air"], "top": ["", 5]}],
     "rows": ["", [{"a": [1], "b": ["X"]}, {"a": [2], "b": ["", "Y"]}]],
-    "data": ["", "my_data", [1, "a"]],
+    "data": ["", "my_data"],
 }
 RIGHT = {"city": "SJ", "n": 3}
 
@@ -83,7 +83,6 @@ def verdict(arguments, name="geo.find", category="simple", truth=None, **options
         {"filter": {"top": 5, "kind": "Open-Air"}},
         {"rows": [{"a": 1, "b": "x"}, {"a": 2}]},
         {"data": "MY DATA"},
-        {"data": [1, "a"]},
     ],
 )
 def test_what_bfcl_accepts_is_right(more):

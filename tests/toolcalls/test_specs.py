@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from stillroom.errors import ParseError
 from stillroom.schema import ToolSpec
 from stillroom.toolcalls import TOOL_DIALECTS, check_tools, read_tools, safe_name, write_tools
-from tests.toolcalls.strategies import tool_lists
+from tests.toolcalls.strategies import fuzz_count, tool_lists
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = ToolSpec("weather.now", "Weather.", PARAMETERS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=fuzz_count(30), deadline=None)
 @given(tools=tool_lists)
 @pytest.mark.parametrize("dialect", TOOL_DIALECTS)
 def test_what_is_written_is_read_back_unchanged(dialect, tools):
@@ -26,7 +26,7 @@ def test_what_is_written_is_read_back_unchanged(dialect, tools):
     assert read_tools(json.dumps(written)) == tools
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=fuzz_count(30), deadline=None)
 @given(tools=tool_lists)
 def test_every_dialect_leads_to_every_other(tools):
     current = tools
@@ -74,7 +74,7 @@ def test_bfcl_types_become_json_schema_and_data_stays_as_it_is():
         {"type": "function", "name": "weather.now", "description": "Weather.", "parameters": PARAMETERS},
         {"toolSpec": {"name": "weather.now", "description": "Weather.", "inputSchema": {"json": PARAMETERS}}},
         {"name": "weather.now", "description": "Weather.", "input_schema": PARAMETERS},
-        {"tools": [{"toolSpec": {"name": "weather.now", "description": "Weather.", "inputSchema": {"json": PARAMETERS}}}]},
+        {"tools": [{"name": "weather.now", "description": "Weather.", "inputSchema": {"json": PARAMETERS}}]},
         "[{'name': 'weather.now', 'description': 'Weather.', 'parameters': " + str(PARAMETERS) + "}]",
         json.dumps({"name": "weather.now", "description": "Weather.", "parameters": PARAMETERS}),
     ],

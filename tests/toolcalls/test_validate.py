@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stillroom.schema import ToolCall, ToolSpec
 from stillroom.toolcalls import read_tools, validate_calls
-from tests.toolcalls.strategies import arguments_of, tools
+from tests.toolcalls.strategies import arguments_of, fuzz_count, tools
 
 TOOL = read_tools(
     {
@@ -94,7 +94,7 @@ def test_a_definition_that_is_only_itself_admits_anything():
     assert validate_calls([ToolCall("f", {"x": 1})], [ToolSpec("f", "", schema)]) == []
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=fuzz_count(30), deadline=None)
 @given(data=st.data(), tool=tools)
 def test_what_a_schema_admits_is_valid(data, tool):
     arguments = data.draw(arguments_of(tool.parameters))
