@@ -111,23 +111,28 @@ class LocalTeacher:
         self.requests: list[dict[str, Any]] = []
         self._entries: list[tuple[str, int]] = []
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.teacher = self
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
-        """The base URL, as `ModelConfig.url` takes it."""
+        """The base URL, as `ModelConfig.url` takes it; known once it is started."""
+        if self._server is None:
+            raise RuntimeError("the teacher is not started; use it in a `with` block")
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def start(self) -> LocalTeacher:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.teacher = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
 
     def __enter__(self) -> LocalTeacher:
         return self.start()

@@ -40,9 +40,7 @@ def evaluate_model(
     examples = _scorable(data, limit)
     opened = open_model(_model_config(model, engine, model_id, chat_template))
     try:
-        result = evaluate(
-            opened, examples, config, max_tokens=max_tokens, concurrency=getattr(opened, "concurrency", None)
-        )
+        result = evaluate(opened, examples, config, max_tokens=max_tokens)
         speed = measure_speed(opened, examples, config, max_tokens=max_tokens)
     finally:
         opened.close()

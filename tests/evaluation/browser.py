@@ -6,11 +6,12 @@ Messages of the DevTools protocol go to file descriptor 3 and come from descript
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -43,19 +44,26 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="stillroom-browser-")
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
+        # Out of the way of 3 and 4, where the browser looks for them.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out)]
         arguments = [find_browser(), *FLAGS, f"--user-data-dir={self._profile}", f"--window-size={width},{height}"]
-        # A shell puts the pipe's ends on descriptors 3 and 4: after `pass_fds` they would keep other numbers.
-        shell = ["/bin/sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *arguments, "about:blank"]
-        self._process = subprocess.Popen(
-            shell, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        quiet = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in (1, 2)]
+        pipes = [(os.POSIX_SPAWN_DUP2, end, place) for end, place in zip(ends, (3, 4), strict=True)]
+        self._pid = os.posix_spawn(arguments[0], [*arguments, "about:blank"], os.environ, file_actions=quiet + pipes)
+        for end in (theirs_in, theirs_out, *ends):
+            os.close(end)
         self._in, self._out, self._buffer, self._next = ours_in, ours_out, b"", 0
         self._session = ""
         self.requests: list[str] = []
         self.console: list[str] = []
         self._events: list[str] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
         target = self.call("Target.getTargets")["targetInfos"][0]["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
@@ -107,8 +115,8 @@ class Browser:
         raise AssertionError(f"the browser did not answer {method}")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
         os.close(self._in)
         os.close(self._out)
         shutil.rmtree(self._profile, ignore_errors=True)

@@ -58,7 +58,7 @@ def reference(model: torch.nn.Module, sequences: list[TokenSequence]) -> tuple[f
         total = total + model(input_ids=ids, labels=labels).loss * sequence.targets
     mean = total / sum(sequence.targets for sequence in sequences)
     mean.backward()
-    return float(mean), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return float(mean.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def packed_loss(model: torch.nn.Module, rows: list[list[TokenSequence]], precision: Precision, share: bool) -> float:
