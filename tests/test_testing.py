@@ -13,7 +13,6 @@ from stillroom.errors import ModelError, ModelUnavailable
 from stillroom.schema import ChatModel, Message, ToolCall, ToolSpec, prompt_digest
 from stillroom.testing import LocalTeacher, ScriptedModel
 
-
 EMPTY = {"type": "object", "properties": {}}
 
 

@@ -1,8 +1,8 @@
 """Training state on disk, committed as a whole or not at all.
 
-    with Checkpointer("runs/a/checkpoints", config=CheckpointConfig(keep_latest=3)) as checkpointer:
-        checkpointer.save(step, state).result()
-        checkpointer.load(into=state)      # the newest committed one
+with Checkpointer("runs/a/checkpoints", config=CheckpointConfig(keep_latest=3)) as checkpointer:
+    checkpointer.save(step, state).result()
+    checkpointer.load(into=state)      # the newest committed one
 """
 
 from __future__ import annotations

@@ -147,7 +147,9 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _path(self, step: int) -> Path:
@@ -205,7 +207,9 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         entries = []
         for key, value in node.items():
             if not isinstance(key, str | int) or isinstance(key, bool) or "/" in str(key):
-                raise CheckpointError(f"state key {key!r} at {path or 'the top'} is not text without '/', nor an integer.")
+                raise CheckpointError(
+                    f"state key {key!r} at {path or 'the top'} is not text without '/', nor an integer."
+                )
             entries.append([key, _strip(value, f"{path}/{key}" if path else str(key), tensors)])
         return {"dict": entries}
     if isinstance(node, list | tuple):
@@ -213,7 +217,7 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if node is None or isinstance(node, str | int | float | bool):
         return {"value": node}
     raise CheckpointError(
-        f"state at {path} is a {type(node).__name__}; only tensors, numbers, text, None, lists and dictionaries are saved."
+        f"state at {path} is a {type(node).__name__}; tensors, numbers, text, None, lists and dictionaries are saved."
     )
 
 

@@ -36,19 +36,15 @@ def example_of(
     prompt, answer = tuple(messages), None
     if prompt and prompt[-1].role == "assistant":
         prompt, answer = prompt[:-1], prompt[-1]
-    if not any(message.role == "user" for message in prompt):
+    for message in prompt:
+        if message.role == "user":
+            break
+    else:
         raise Reject(Reason.NO_PROMPT, "has no message of the role user to answer")
+    identity = identity or PromptId(_digest(prompt, tools).hex())
     targets = (Target(answer, origin, model),) if answer is not None else ()
-    return Example(
-        identity or PromptId(_digest(prompt, tools).hex()),
-        prompt,
-        tools,
-        targets,
-        _expected(answer) if answer is not None and origin == "golden" else None,
-        category,
-        source=source,
-        metadata=metadata or {},
-    )
+    expected = _expected(answer) if answer is not None and origin == "golden" else None
+    return Example(identity, prompt, tools, targets, expected, category, None, source, (), metadata or {})
 
 
 class PromptId(str):
@@ -68,9 +64,9 @@ def prompt_key(example: Example) -> bytes:
 def _digest(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> bytes:
     parts: list[Any] = []
     for message in messages:
-        parts += (message.role, message.content)
         if message.tool_calls:
             parts.append([(call.name, call.arguments) for call in message.tool_calls])
+        parts += (message.role, message.content)
     if tools:
         parts.append([(tool.name, tool.description, tool.parameters) for tool in tools])
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=ID_BYTES).digest()

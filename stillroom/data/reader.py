@@ -68,7 +68,7 @@ def read(
         model: invocation logs: the model whose records are wanted.
 
     Raises:
-        DataError: `path` does not exist. ConfigError: `where` is not a filter, or `format` is unknown.
+        DataError: `path` or `answers` does not exist. ConfigError: `where` is not a filter, or `format` is unknown.
     """
     path, limits = Path(path), limits or ReadLimits()
     if format != "auto" and format not in LINE_BYTES:
@@ -80,6 +80,10 @@ def read(
             raise ConfigError(f"data filter: {error}") from None
     if not os.path.lexists(path):
         raise DataError(f"{path} does not exist.\nhelp: give a file or folder of records.")
+    if answers is not None and not Path(answers).is_file():
+        raise DataError(
+            f"the answers file {answers} does not exist.\nhelp: leave `answers` out to use possible_answer/."
+        )
     return _read_all(_Reading(path, format, where, limits, category, answers, model))
 
 
@@ -156,7 +160,7 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
                 continue
             yield example
             for reason, message in advice(example):
-                yield DataWarning(str(file), number, reason, message)
+                yield DataWarning(records.name, number, reason, message)
         if number == 0:
             raise Reject(Reason.EMPTY_FILE, "holds no record")
     except Reject as error:
@@ -170,6 +174,7 @@ class _Records:
 
     def __init__(self, file: Path, reading: _Reading) -> None:
         self.file, self.reading, self.format = file, reading, reading.format
+        self.name = str(file)
         self.line_bytes = reading.line_bytes(self.format)
         self._parse: ToExample | None = None
         self._first = True
@@ -185,7 +190,7 @@ class _Records:
         if len(line) > self.line_bytes:
             message = f"has {len(line)} bytes; {self.format} allows {self.line_bytes}"
             raise Reject(Reason.LINE_TOO_LONG, message)
-        example = self._parse(record, f"{self.file}:{number}")
+        example = self._parse(record, f"{self.name}:{number}")
         if self.reading.where is not None and not matches(self.reading.where, example.metadata):
             raise Reject(Reason.FILTERED_OUT, "does not match the metadata filter")
         return example

@@ -56,7 +56,7 @@ class BedrockModel(Engine):
             max_pool_connections=self.concurrency,
         )
         try:
-            self._client: Any = boto3.client(
+            self._client: Any = boto3.Session().client(
                 "bedrock-runtime", region_name=config.region, endpoint_url=config.url, config=options
             )
         except NoRegionError as error:

@@ -72,7 +72,7 @@ def write_recording(
     """
     keyed = sorted(((_key(entry), entry) for entry in entries), key=lambda pair: (pair[1].example_id, pair[0]))
     records = [_record(key, entry, info, prompts) for key, entry in keyed]
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", "replace")
+    data = b"".join(_line(record) for record in records)
     name = "answers.json.gz" if compress else "answers.jsonl"
     with storage.atomic_directory(folder) as fresh:
         (fresh / name).write_bytes(_gzipped(data) if compress else data)
@@ -117,6 +117,13 @@ def _record(key: str, entry: Entry, info: ModelInfo, prompts: bool) -> dict[str,
             "outputTokenCount": answer.output_tokens,
         },
     }
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair can only be written escaped
+        return (json.dumps(record) + "\n").encode()
 
 
 def _manifest(records: list[dict[str, Any]], info: ModelInfo) -> dict[str, Any]:

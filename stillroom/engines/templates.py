@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -61,7 +61,7 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self._tokens,
             )
-        except (TemplateError, SecurityError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # the template is somebody else's program and may raise anything
             raise ModelRefused(
                 f"the {self.where} does not accept this conversation: {error}.\n"
                 "help: check the order of roles, or give another template as `chat_template`."

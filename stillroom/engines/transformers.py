@@ -32,6 +32,7 @@ GATHER_S = 0.005  # how long the worker waits for more requests once one has com
 @dataclass
 class _Item:
     job: Job
+    stops: tuple[str, ...]
     future: Future[Completion]
 
 
@@ -94,7 +95,7 @@ class TransformersModel(Engine):
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name=f"{self.name} worker", daemon=True)
                 self._worker.start()
-            self._queue.put(_Item(job, future))
+            self._queue.put(_Item(job, params.stop, future))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
@@ -162,7 +163,8 @@ class TransformersModel(Engine):
 
         def finished(job: Job) -> None:
             latency_s = time.perf_counter() - started if alone else None
-            by_job[id(job)].future.set_result(self._answer(job, latency_s))
+            item = by_job[id(job)]
+            item.future.set_result(self._answer(job, item.stops, latency_s))
 
         try:
             write_answers(self.loaded.model, [item.job for item in items], self._end_ids, finished)
@@ -173,9 +175,10 @@ class TransformersModel(Engine):
                         error if isinstance(error, ModelError) else ModelError(f"{self.name} failed: {error}")
                     )
 
-    def _answer(self, job: Job, latency_s: float | None) -> Completion:
+    def _answer(self, job: Job, stops: tuple[str, ...], latency_s: float | None) -> Completion:
         ended = job.written[-1] in self._end_ids
         text = self._text(job.written[:-1] if ended else job.written)
+        text = text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
         return self._completion(
             Message("assistant", text), job.finish or "stop", len(job.prompt), len(job.written), latency_s
         )

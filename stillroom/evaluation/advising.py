@@ -47,11 +47,11 @@ def advise(
     plain = compare(teacher, base, config)
     best = compare(teacher_best, base_best, config) if base_best and teacher_best else None
     prompted = compare(teacher, base_best, config) if base_best else None
-    details = [_sentence("Prompted plainly", plain)]
+    details = [_sentence("Prompted plainly", plain, config)]
     if best is not None:
-        details.append(_sentence("Each at its best (few-shot, constrained calls)", best))
+        details.append(_sentence("Each at its best (few-shot, constrained calls)", best, config))
     if prompted is not None:
-        details.append(_sentence("The plain teacher against the base at its best", prompted))
+        details.append(_sentence("The plain teacher against the base at its best", prompted, config))
     objection = _objection(plain, prompted, best, config)
     headline = (
         objection
@@ -87,11 +87,11 @@ def _objection(plain: Comparison, prompted: Comparison | None, best: Comparison 
     return ""
 
 
-def _sentence(how: str, comparison: Comparison) -> str:
-    d = comparison.difference
+def _sentence(how: str, comparison: Comparison, config: EvalConfig) -> str:
+    d, level = comparison.difference, f"{config.confidence:.0%}"
     return (
         f"{how}: {comparison.first_value:.2f} against {comparison.second_value:.2f}, a difference of {d.value:+.2f} "
-        f"(95% interval {d.low:+.2f} to {d.high:+.2f}, {comparison.test} p {_p(comparison.p_value)}, n = {d.n})."
+        f"({level} interval {d.low:+.2f} to {d.high:+.2f}, {comparison.test} p {_p(comparison.p_value)}, n = {d.n})."
     )
 
 

@@ -15,10 +15,12 @@ def headline(report: RunReport) -> str:
     if report.gap is not None:
         return _closed(report.gap, report, student, teacher)
     accuracy = student.plain.accuracy()
+    level = percent(report.evaluation.confidence)
     before = f", from {share(base.plain.accuracy().value)}" if base and base.plain else ""
     return (
-        f"The student reaches {share(accuracy.value)} (95% interval {share(accuracy.low)} to {share(accuracy.high)})"
-        f"{before}, on {accuracy.n:,} held-out items. No teacher answered them, so there is no gap to compare with."
+        f"The student reaches {share(accuracy.value)} ({level} interval {share(accuracy.low)} to "
+        f"{share(accuracy.high)}){before}, on {accuracy.n:,} held-out items. "
+        "No teacher answered them, so there is no gap to compare with."
     )
 
 

@@ -23,20 +23,19 @@ def item_views(report: RunReport) -> tuple[list[dict[str, Any]], int]:
         for model in reversed(report.models)
         if model.plain and model.role != "other"
     }
-    student = columns.get("student", {})
+    student, teacher = columns.get("student", {}), columns.get("teacher", {})
     prompts = {prompt.id: prompt for prompt in report.prompts}
-    ids = [name for name in student if name in prompts]
-    views = [_view(prompts[name], {role: items.get(name) for role, items in columns.items()}) for name in ids]
     # Within a group the categories take turns, so that the first cards show what there is.
     met: Counter[tuple[str, str]] = Counter()
-    turn = {}
-    for view in views:
-        group = (view["who"], view["category"])
-        turn[view["id"]] = met[group]
-        met[group] += 1
-    views.sort(key=lambda view: (_ORDER[view["who"]], turn[view["id"]]))
-    limit = report.evaluation.report_items
-    return views[:limit], max(0, len(views) - limit)
+    ranked = []
+    for name, item in student.items():
+        if name in prompts:
+            who = _who(item, teacher.get(name))
+            ranked.append((_ORDER[who], met[who, item.category], name))
+            met[who, item.category] += 1
+    shown = sorted(ranked)[: report.evaluation.report_items]
+    views = [_view(prompts[name], {role: items.get(name) for role, items in columns.items()}) for *_, name in shown]
+    return views, len(ranked) - len(views)
 
 
 def _view(prompt: PromptView, answers: dict[str, ItemResult | None]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Weights, tokenizer and chat template: load them, turn conversations into token ids, export a student.
 
-    loaded = load("model.gguf", chat_template="chatml-tools")
-    ids = encode_prompt(loaded, messages, tools)
-    export(loaded, "student/")          # Transformers, vLLM, llama.cpp and Ollama read it as it is
+loaded = load("model.gguf", chat_template="chatml-tools")
+ids = encode_prompt(loaded, messages, tools)
+export(loaded, "student/")          # Transformers, vLLM, llama.cpp and Ollama read it as it is
 """
 
 from __future__ import annotations

@@ -57,7 +57,13 @@ def plan_attention(packed: Packed, rows_R: Tensor) -> Plan:
 
 
 def attend(
-    q_RHE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rotation: tuple[Tensor, Tensor], plan: Plan, scale: float, products: Products
+    q_RHE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    plan: Plan,
+    scale: float,
+    products: Products,
 ) -> Tensor:
     """Attention with rotary positions: [R, H, E] for the rows of the plan; H is a multiple of K."""
     out: Tensor = _Attend.apply(q_RHE, k_TKE, v_TKE, *rotation, plan, scale, products)
@@ -67,7 +73,15 @@ def attend(
 class _Attend(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: Plan, scale: float, products: Products
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: Plan,
+        scale: float,
+        products: Products,
     ) -> Tensor:
         q = _rotate(q, cos[plan.rows_R] * scale, sin[plan.rows_R] * scale)
         k = _rotate(k, cos, sin)

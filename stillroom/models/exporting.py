@@ -1,10 +1,10 @@
 """Write a student so that others read it as it is.
 
-    student/
-    ├── config.json, generation_config.json, model.safetensors   Transformers, vLLM
-    ├── tokenizer.json, tokenizer_config.json, chat_template.jinja
-    ├── student.Q8_0.gguf                                        llama.cpp, Ollama
-    └── Modelfile                                                `ollama create NAME -f Modelfile`
+student/
+├── config.json, generation_config.json, model.safetensors   Transformers, vLLM
+├── tokenizer.json, tokenizer_config.json, chat_template.jinja
+├── student.Q8_0.gguf                                        llama.cpp, Ollama
+└── Modelfile                                                `ollama create NAME -f Modelfile`
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def weights_bytes(folder: str | Path) -> int:
 
 
 def _save_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     model.save_pretrained(folder, state_dict=state)
@@ -93,7 +95,9 @@ def _modelfile(loaded: Any, gguf_name: str) -> str:
     end = loaded.tokenizer.convert_ids_to_tokens(end_of_turn_id(loaded.tokenizer))
     lines = [f"FROM ./{gguf_name}", "PARAMETER temperature 0", f'PARAMETER stop "{end}"']
     if "<|im_start|>" in loaded.chat_template:
-        turns = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+        turns = (
+            "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+        )
         lines[1:1] = [
             "# Ollama does not use the file's own template. Put the tools into the system message, rendered as",
             "# chat_template.jinja does; llama-server --jinja, vLLM and Transformers do that by themselves.",

@@ -60,7 +60,9 @@ class GgufFile:
             rows = _group_rows(count, info.shape[-1])
             values: np.ndarray[Any, Any] = dequantize(raw.reshape(rows, -1), kind)
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise ModelError(f"tensor {name} of {self.path} cannot be read: {error}.\nhelp: fetch the file again.") from error
+            raise ModelError(
+                f"tensor {name} of {self.path} cannot be read: {error}.\nhelp: fetch the file again."
+            ) from error
         # fp32 tensors come back as a view of the file, which must not be trained in place.
         values = values if values.flags.writeable else values.copy()
         return values.astype(np.float32, copy=False).reshape(info.shape)
@@ -77,7 +79,9 @@ def read_gguf(path: str | Path) -> GgufFile:
         with path.open("rb") as file:
             return _read(path, file)
     except (OSError, struct.error, UnicodeDecodeError, ValueError, KeyError, MemoryError) as error:
-        raise ModelError(f"{path} is not a readable GGUF file: {error}.\nhelp: fetch it again, or check the path.") from error
+        raise ModelError(
+            f"{path} is not a readable GGUF file: {error}.\nhelp: fetch it again, or check the path."
+        ) from error
 
 
 def _read(path: Path, file: BinaryIO) -> GgufFile:

@@ -92,7 +92,9 @@ def model_config(file: GgufFile) -> Any:
 
     data, arch = file.metadata, file.metadata.get("general.architecture")
     get = lambda key, default=None: data.get(f"{arch}.{key}", default)  # noqa: E731 - a prefix, twelve times
-    plain = not any(".rope.scaling." in key or "expert" in key for key in data) and "rope_freqs.weight" not in file.tensors
+    plain = (
+        not any(".rope.scaling." in key or "expert" in key for key in data) and "rope_freqs.weight" not in file.tensors
+    )
     if arch not in ARCHITECTURES.values() or not plain or get("attention.sliding_window"):
         return None
     heads = get("attention.head_count")
@@ -122,7 +124,11 @@ def tokenizer(file: GgufFile) -> Any:
     """The tokenizer of a GGUF with a byte-level BPE vocabulary whose splitting we know; None for any other."""
     data = file.metadata
     pre = {"default": "gpt-2"}.get(data.get("tokenizer.ggml.pre", "default"), data.get("tokenizer.ggml.pre"))
-    if data.get("tokenizer.ggml.model") != "gpt2" or pre not in PRE_TOKENIZERS or data.get("tokenizer.ggml.add_bos_token"):
+    if (
+        data.get("tokenizer.ggml.model") != "gpt2"
+        or pre not in PRE_TOKENIZERS
+        or data.get("tokenizer.ggml.add_bos_token")
+    ):
         return None
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -137,7 +143,7 @@ def tokenizer(file: GgufFile) -> Any:
         "model": {
             "type": "BPE",
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in data["tokenizer.ggml.merges"]],
+            "merges": [merge.split(" ", 1) for merge in data.get("tokenizer.ggml.merges", ())],
             "ignore_merges": pre == "llama-bpe",
         },
     }
@@ -157,9 +163,9 @@ def tokenizer(file: GgufFile) -> Any:
 
 
 def pre_tokenizer_id(backend: Any) -> str | None:
-    """llama.cpp's id of a tokenizer's way of splitting, by comparing it whole; None where it is not one that we know."""
+    """llama.cpp's id of a tokenizer's way of splitting, compared as a whole; None where it has no name there."""
     found = json.loads(backend.to_str())
-    if found["model"]["type"] != "BPE":
+    if found["model"]["type"] != "BPE" or not found["model"]["merges"]:
         return None
     return next((name for name, wanted in PRE_TOKENIZERS.items() if _same(found["pre_tokenizer"], wanted)), None)
 

@@ -134,7 +134,9 @@ def _copy_tokenizer(writer: Any, source: GgufFile) -> None:
 def _describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     pre = gguf_layout.pre_tokenizer_id(tokenizer.backend_tokenizer)
     if pre is None:
-        raise ModelError(f"the tokenizer's splitting has no name in llama.cpp; {', '.join(gguf_layout.PRE_TOKENIZERS)} have.")
+        raise ModelError(
+            f"the tokenizer's splitting has no name in llama.cpp; {', '.join(gguf_layout.PRE_TOKENIZERS)} have."
+        )
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     kinds = [gguf_layout.UNUSED] * vocab_size

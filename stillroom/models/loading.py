@@ -65,7 +65,9 @@ def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str
         raise ModelError(f"no *.safetensors in {place}.\nhelp: save the model with `save_pretrained(folder)`.")
     file = read_gguf(place) if place.is_file() else None
     tokenizer = _read_tokenizer(place, file, chat_template)
-    return Loaded(_read_model(place, file, dtype), tokenizer, name, _digest(weights), tokenizer.chat_template or "", place)
+    return Loaded(
+        _read_model(place, file, dtype), tokenizer, name, _digest(weights), tokenizer.chat_template or "", place
+    )
 
 
 def load_tokenizer(source: str | Path, *, chat_template: str | None = None) -> Any:
@@ -159,10 +161,12 @@ def _unmark_quantised(model: Any) -> None:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{hub_id!r} is neither a directory here nor a model that the hub gave: {error}\n"

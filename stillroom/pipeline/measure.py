@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import resolve_path
+from stillroom.config import build_config, resolve_path
 from stillroom.engines import ModelConfig, open_model
 from stillroom.errors import ConfigError, NotEnoughData
 from stillroom.evaluation import EvalConfig, Interval, Result, Speed, evaluate, measure_speed
-from stillroom.evaluation.config import Task
 from stillroom.schema import Example, canonical_json, digest
 from stillroom.storage import write_atomic
 
@@ -18,7 +17,7 @@ def evaluate_model(
     model: str,
     data: Path,
     *,
-    task: Task = "function_calling",
+    task: str = "function_calling",
     engine: str | None = None,
     model_id: str | None = None,
     limit: int | None = None,
@@ -36,7 +35,7 @@ def evaluate_model(
     Raises:
         ConfigError: the model and engine do not fit. NotEnoughData: no record can be scored.
     """
-    config = EvalConfig(task=task, best=False)
+    config = build_config(EvalConfig, {"task": task, "best": False}, "--task")
     examples = _scorable(data, limit)
     opened = open_model(_model_config(model, engine, model_id, chat_template))
     try:

@@ -10,11 +10,10 @@ from stillroom import __version__
 from stillroom.artifacts import Artifact
 from stillroom.engines import AnswerCache, Entry, Request, answer_key, write_recording
 from stillroom.engines.recording import ModelInfo
-from stillroom.evaluation import choose_shots
-from stillroom.evaluation.few_shot import with_shots
+from stillroom.evaluation import choose_shots, evaluation_requests
 from stillroom.pipeline.steps import Run, located, read_examples, read_json
-from stillroom.schema import Example, GenerateParams
-from stillroom.teacher import params_of
+from stillroom.schema import Example
+from stillroom.teacher import requests_of
 
 
 def write_answers(run: Run, data: Artifact, labelled: Artifact, to: Path) -> dict[str, Any]:
@@ -46,13 +45,11 @@ def _requests(run: Run, data: Artifact, labelled: Artifact) -> list[tuple[Exampl
     """The same questions that the steps ask: training prompts, then held-out ones plain and at the teacher's best."""
     recipe = run.recipe
     train, test = read_examples(data.path / "train.jsonl"), read_examples(data.path / "test.jsonl")
-    found = [(e, Request(e.messages, e.tools, params_of(recipe.teacher))) for e in train if not e.targets]
+    open_ones = [example for example in train if not example.targets]
+    found = list(zip(open_ones, requests_of(open_ones, recipe.teacher), strict=True))
     cap = read_json(labelled.path / "cap.json")["cap"]
-    plain = GenerateParams(max_tokens=cap, seed=recipe.evaluation.seed)
-    found += [(example, Request(example.messages, example.tools, plain)) for example in test]
-    if recipe.evaluation.best:
-        shots = choose_shots(read_examples(labelled.path / "train.jsonl"), recipe.evaluation)
-        constrain = recipe.evaluation.constrain and recipe.evaluation.task == "function_calling"
-        best = GenerateParams(max_tokens=cap, seed=recipe.evaluation.seed, constrain=constrain)
-        found += [(e, Request(with_shots(e.messages, shots, recipe.evaluation.task), e.tools, best)) for e in test]
+    shots = choose_shots(read_examples(labelled.path / "train.jsonl"), recipe.evaluation)
+    for best in (False, True) if recipe.evaluation.best else (False,):
+        asked = evaluation_requests(test, recipe.evaluation, max_tokens=cap, best=best, shots=shots)
+        found += zip(test, asked, strict=True)
     return found

@@ -13,6 +13,7 @@ from typing import Any
 from stillroom import __version__
 from stillroom.artifacts import Artifact
 from stillroom.config import resolve_path
+from stillroom.engines import Price
 from stillroom.evaluation import (
     CardFacts,
     DataReport,
@@ -111,7 +112,8 @@ def _models(
         parameters=trained.get("parameters"),
         size_bytes=_size(recipe.student.path),
         license=recipe.student.license,
-        **_priced(recipe.student.price),
+        input_per_million=_known(recipe.student.price).get("input"),
+        output_per_million=_known(recipe.student.price).get("output"),
         plain=found["base"],
         best=found.get("base-best"),
     )
@@ -121,7 +123,8 @@ def _models(
         engine=teacher.engine,
         license=teacher.license,
         terms=teacher.terms,
-        **_priced(teacher.price),
+        input_per_million=_known(teacher.price).get("input"),
+        output_per_million=_known(teacher.price).get("output"),
         plain=found["teacher"],
         best=found.get("teacher-best"),
     )
@@ -141,13 +144,11 @@ def _models(
     return base, asked, learnt
 
 
-def _priced(price: Any) -> dict[str, float | None]:
-    """What the report shows: no figure where the recipe gives none."""
-    known = price.input_per_million or price.output_per_million
-    return {
-        "input_per_million": price.input_per_million if known else None,
-        "output_per_million": price.output_per_million if known else None,
-    }
+def _known(price: Price) -> dict[str, float]:
+    """The price where the recipe gives one; a report shows no figure otherwise."""
+    if not (price.input_per_million or price.output_per_million):
+        return {}
+    return {"input": price.input_per_million, "output": price.output_per_million}
 
 
 def _gaps(run: Run, found: dict[str, Result]) -> dict[str, Any]:

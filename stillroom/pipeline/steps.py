@@ -110,8 +110,13 @@ def foretell(run: Run, data: Artifact) -> Artifact:
     from stillroom.pipeline.planning import plan
 
     def build(folder: Path, work: Path) -> None:
-        splits = [tuple(read_examples(data.path / f"{name}.jsonl")) for name in ("train", "validation", "test")]
-        found = plan(run.recipe, prepared=Prepared(*splits, report=read_json(data.path / "report.json")))
+        prepared = Prepared(
+            train=tuple(read_examples(data.path / "train.jsonl")),
+            validation=tuple(read_examples(data.path / "validation.jsonl")),
+            test=tuple(read_examples(data.path / "test.jsonl")),
+            report=read_json(data.path / "report.json"),
+        )
+        found = plan(run.recipe, prepared=prepared)
         telemetry.note(found.text)
         write_json(folder / "plan.json", found.figures)
 

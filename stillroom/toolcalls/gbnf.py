@@ -6,7 +6,10 @@ their declared order, required ones always, optional ones or not, enums as liter
 
 Promise: every text that it admits is read by `parse_calls` and passes `validate_calls`; every rendered valid
 call is admitted, except for numbers of more than 18 digits. Size and time are linear in the specification.
-Rules that match nothing at all are never written: llguidance refuses them where it makes one token class of a rule.
+
+llguidance splits text into lexemes by the longest match and never goes back, so two lexemes that may start at one
+place must not be such that one is a beginning of the other: a comma is therefore written together with the key after
+it. One case is left: of alternatives (`anyOf`) that are lists or objects alike, it may lose some; llama.cpp does not.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from stillroom.schema import ToolSpec
 from stillroom.toolcalls.literals import NAME
@@ -71,6 +74,14 @@ _DIALECTS: Final = {
 }
 
 
+class _Part(NamedTuple):
+    """A field as it is written where it comes first, and after another one."""
+
+    alone: str
+    after: str
+    required: bool
+
+
 def grammar(tools: Sequence[ToolSpec], dialect: str = "python", *, most_calls: int = 1) -> str:
     """GBNF whose root is the text of one valid call, or of up to `most_calls`.
 
@@ -112,7 +123,7 @@ class _Writer:
         compiled = compile_parameters(tool.parameters)
         self.references = {key: f"{name}-d{number}" for number, key in enumerate(compiled.named)}
         if self.calls_as_python:
-            body = self._fields(compiled.root, name, self._argument, self._any_argument)
+            body = self._fields(compiled.root, name, call=True)
             self.rules[name] = " ".join(filter(None, [_quoted(f"{tool.name}("), body, _quoted(")")]))
         else:
             start = f'{{"name": {_json_value(tool.name)}, "arguments": '
@@ -130,6 +141,8 @@ class _Writer:
         if isinstance(shape, Literal):
             return _either([_quoted(self.dialect.value(value)) for value in shape.values])
         if isinstance(shape, Union):
+            if ANY in shape.shapes:
+                return self._plain("any")
             return _either([self._shape(each, f"{name}-{index}") for index, each in enumerate(shape.shapes)])
         if isinstance(shape, Reference):
             return self.references.get(shape.name) or self._plain("any")
@@ -162,54 +175,52 @@ class _Writer:
         return _around("[", f"( {body} )?" if shape.least == 0 else body, "]")
 
     def _record(self, shape: Record, name: str) -> str:
-        return _around("{", self._fields(shape, name, self._pair, self._any_pair), "}")
+        return _around("{", self._fields(shape, name), "}")
 
     # -- fields: of a call or of an object ----------------------------------------------------------------
 
-    def _fields(
-        self, shape: Record, name: str, one: Callable[[Field, str], str], others: Callable[[Shape, str], str]
-    ) -> str:
+    def _fields(self, shape: Record, name: str, *, call: bool = False) -> str:
         """The fields in order, optional ones or not, with ", " between those that are there; may be nothing."""
-        comma = _quoted(", ")
-        rules = [(self._named(f"{name}-f{i}", one(f, f"{name}-f{i}")), f.required) for i, f in enumerate(shape.fields)]
+        parts = [self._field(field, f"{name}-f{index}", call) for index, field in enumerate(shape.fields)]
         if shape.others is not None:
-            other = self._named(f"{name}-o", others(shape.others, f"{name}-o"))
-            rules.append((self._named(f"{name}-os", f"{other} ( {comma} {other} )*"), False))
-        first = next((index for index, (_, required) in enumerate(rules) if required), None)
+            parts.append(self._others(shape.others, f"{name}-o", call))
+        first = next((index for index, part in enumerate(parts) if part.required), None)
         if first is None:
-            return self._all_optional([rule for rule, _ in rules], name)
-        before = [f"( {rule} {comma} )?" for rule, _ in rules[:first]]
-        after = [f"{comma} {rule}" if required else f"( {comma} {rule} )?" for rule, required in rules[first + 1 :]]
-        return " ".join([*before, rules[first][0], *after])
+            return self._all_optional(parts, name)
+        before = [f"( {part.alone} {_quoted(', ')} )?" for part in parts[:first]]
+        after = [part.after if part.required else f"( {part.after} )?" for part in parts[first + 1 :]]
+        return " ".join([*before, parts[first].alone, *after])
 
-    def _all_optional(self, rules: Sequence[str], name: str) -> str:
-        """Any of the rules in order: the first that is there, then the tails after it, each a rule of its own."""
-        comma = _quoted(", ")
+    def _all_optional(self, parts: Sequence[_Part], name: str) -> str:
+        """Any of the parts in order: the first that is there, then the tails after it, each a rule of its own."""
         tail = ""
         starts: list[str] = []
-        for index in range(len(rules) - 1, -1, -1):
+        for index in range(len(parts) - 1, -1, -1):
             follow = f" ( {tail} )?" if tail else ""
-            starts.insert(0, f"{rules[index]}{follow}")
+            starts.insert(0, f"{parts[index].alone}{follow}")
             if index > 0:
                 rest = f" | {tail}" if tail else ""
-                self.rules[f"{name}-r{index}"] = f"{comma} {rules[index]}{follow}{rest}"
+                self.rules[f"{name}-r{index}"] = f"{parts[index].after}{follow}{rest}"
                 tail = f"{name}-r{index}"
         return f"( {' | '.join(starts)} )?" if starts else ""
 
-    def _argument(self, field: Field, name: str) -> str:
-        value = self._shape(field.shape, name)
-        if NAME.fullmatch(field.name):
-            return f"{_quoted(field.name + '=')} {value}"
-        return f"{_quoted(f'**{{{_json_value(field.name)}: ')} {value} {_quoted('}')}"
+    def _field(self, field: Field, name: str, call: bool) -> _Part:
+        key, closing = f"{_json_value(field.name)}: ", ""
+        if call:
+            plain = NAME.fullmatch(field.name) is not None
+            key, closing = (f"{field.name}=", "") if plain else (f"**{{{key}", f" {_quoted('}')}")
+        value = self._named(f"{name}-v", self._shape(field.shape, name)) + closing
+        return _Part(f"{_quoted(key)} {value}", f"{_quoted(', ' + key)} {value}", field.required)
 
-    def _any_argument(self, shape: Shape, name: str) -> str:
-        return f"[a-zA-Z_] [a-zA-Z0-9_]* {_quoted('=')} {self._shape(shape, name)}"
-
-    def _pair(self, field: Field, name: str) -> str:
-        return f"{_quoted(_json_value(field.name) + ': ')} {self._shape(field.shape, name)}"
-
-    def _any_pair(self, shape: Shape, name: str) -> str:
-        return f"{self._plain('string')} {_quoted(': ')} {self._shape(shape, name)}"
+    def _others(self, shape: Shape, name: str, call: bool) -> _Part:
+        """One or more fields of any name."""
+        key, after = ("any-name", "next-name") if call else ("any-key", "next-key")
+        body = f"[a-zA-Z_] [a-zA-Z0-9_]* {_quoted('=')}" if call else f"{self._plain('string')} {_quoted(': ')}"
+        self.rules.setdefault(key, body)
+        self.rules.setdefault(after, f"{_quoted(', ')} {body}")
+        value = self._named(f"{name}-v", self._shape(shape, name))
+        more = f"( {after} {value} )*"
+        return _Part(f"{key} {value} {more}", f"{after} {value} {more}", False)
 
     def _named(self, name: str, body: str) -> str:
         """A rule for an expression that is used more than once; one that is a rule's name already stays it."""

@@ -29,9 +29,7 @@ _FENCE = re.compile(r"```[\w+-]*+[ \t]*+\n?")
 _OBJECT = r"\{[ \t\r\n]*+[\"'](?:name|function|type)[\"']"
 # Where calls may start inside prose: a list of them anywhere, a bare one or an object only at a line's start. A
 # space before the parenthesis makes "Paris (France) is" out of a bare call, so only a list may have one.
-_START = re.compile(
-    rf"\[[ \t\r\n]*+(?:{NAME.pattern}[ \t]*+\(|{_OBJECT})|(?m:^)[ \t]*+(?:{NAME.pattern}\(|{_OBJECT})"
-)
+_START = re.compile(rf"\[[ \t\r\n]*+(?:{NAME.pattern}[ \t]*+\(|{_OBJECT})|(?m:^)[ \t]*+(?:{NAME.pattern}\(|{_OBJECT})")
 _CALL_HERE = re.compile(rf"{NAME.pattern}[ \t]*+\(")
 _BARE_CALL = re.compile(rf"{NAME.pattern}\(")
 _EMPTY = re.compile(r"\[[ \t\r\n]*+\]")

@@ -1,6 +1,6 @@
 """Teach a student its teacher's answers: sequence distillation, packed, resumable to the bit.
 
-    result = train(loaded, examples, TrainConfig(epochs=3), "runs/a/train")
+result = train(loaded, examples, TrainConfig(epochs=3), "runs/a/train")
 """
 
 from __future__ import annotations

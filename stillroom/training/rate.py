@@ -18,7 +18,8 @@ def measure_rate(loaded: Any, config: TrainConfig, *, sequence_tokens: int = 170
     Sequences are random tokens that share no beginning, so real data, which may, is at most a little faster.
     """
     if config.method == "lora":
-        config = config.model_copy(update={"method": "full"})  # an upper bound on the work: adapters would stay in the model
+        # More work than adapters are, but these would stay in the model.
+        config = config.model_copy(update={"method": "full"})
     generator = torch.Generator().manual_seed(0)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     count = max(1, config.tokens_per_step // sequence_tokens)

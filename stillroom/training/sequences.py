@@ -40,8 +40,9 @@ def tokenize(
             else:
                 sequences.append(TokenSequence(ids, len(prompt), example.id))
     if not sequences:
+        unlabelled = sum(not example.targets for example in examples)
         raise NotEnoughData(
-            f"nothing to learn from: of {len(examples)} examples, {sum(not e.targets for e in examples)} have no target "
+            f"nothing to learn from: of {len(examples)} examples, {unlabelled} have no target "
             f"and the others are longer than max_sequence_tokens={max_sequence_tokens}.\n"
             "help: label the examples first (`stillroom distill` does), or raise training.max_sequence_tokens."
         )

@@ -7,6 +7,7 @@ random state, where adapters have dropout). Equal inputs give equal bits on one 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,10 @@ from stillroom.models.packed import hidden_states
 from stillroom.models.packing import Packed, TokenSequence, pack, split
 from stillroom.models.precision import pick_precision
 from stillroom.models.products import Products
-from stillroom.training.config import TrainConfig
+from stillroom.training.config import LoraSettings, TrainConfig
+
+ALIGNMENT_BYTES = 64
+"""Weights are moved to such addresses if need be: the last bit of a matrix product in MKL depends on alignment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class Stepper:
             names = ", ".join(sequence.name for sequence in sequences[:3])
             raise StillroomError(
                 f"the loss ({loss}) or its gradient (norm {norm}) is not a finite number, on a step that begins with "
-                f"examples {names}.\nhelp: lower training.learning_rate, or check that the student's weights are finite."
+                f"examples {names}.\n"
+                "help: lower training.learning_rate, or check that the student's weights are finite."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -117,10 +122,25 @@ class Stepper:
 
 def prepare(model: Any, config: TrainConfig) -> Any:
     """Freeze what stays, put adapters in where asked; what is trained requires a gradient, nothing else does."""
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT_BYTES:
+            parameter.data = parameter.data.clone()
     if config.method == "lora":
-        from peft import LoraConfig, get_peft_model
+        return _adapt(model, config.lora)
+    model.requires_grad_(True)
+    if config.freeze_layers:
+        decoder = model.get_decoder()
+        for frozen in (decoder.embed_tokens, *decoder.layers[: config.freeze_layers]):
+            frozen.requires_grad_(False)
+    return model
 
-        settings = config.lora
+
+def _adapt(model: Any, settings: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        # peft 0.21 asks Transformers 5 for an attribute by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         adapters = LoraConfig(
             r=settings.r,
             lora_alpha=settings.alpha,
@@ -129,12 +149,6 @@ def prepare(model: Any, config: TrainConfig) -> Any:
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, adapters)
-    model.requires_grad_(True)
-    if config.freeze_layers:
-        decoder = model.get_decoder()
-        for frozen in (decoder.embed_tokens, *decoder.layers[: config.freeze_layers]):
-            frozen.requires_grad_(False)
-    return model
 
 
 def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

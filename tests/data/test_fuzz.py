@@ -5,10 +5,12 @@ Small counts by default; the marker `slow` runs over 100,000 inputs. STILLROOM_F
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import json
 import os
 import random
+import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
@@ -77,6 +79,8 @@ JUNK = [
     {"text": "x"},
     {"": ""},
 ]
+FOLDER = Path(tempfile.mkdtemp())  # one for all: making one for each of 100,000 inputs would take most of the time
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 SHAPES = st.recursive(
     st.sampled_from(JUNK) | st.text(max_size=20) | st.integers() | st.floats(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -140,17 +144,16 @@ def mutated(seed: Any, junk: Any, draw: random.Random) -> bytes:
 
 def assert_survives(content: bytes, format: str, name: str) -> None:
     """Reading gives findings and nothing else, each with its place, in little memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, name)
-        path.write_bytes(content)
-        for finding in read(path, format, limits=LIMITS):  # type: ignore[arg-type]
-            assert isinstance(finding, Example | Rejection | DataWarning)
-            if isinstance(finding, Example):
-                assert finding.messages[-1].role != "assistant"
-                json.dumps(to_dict(finding)).encode()
-            else:
-                assert finding.file == str(path)
-                json.dumps(finding.to_dict(), ensure_ascii=False).encode()
+    path = FOLDER / name
+    path.write_bytes(content)
+    for finding in read(path, format, limits=LIMITS):
+        assert isinstance(finding, Example | Rejection | DataWarning)
+        if isinstance(finding, Example):
+            assert finding.messages[-1].role != "assistant"
+            json.dumps(to_dict(finding)).encode()
+        else:
+            assert finding.file == str(path)
+            json.dumps(finding.to_dict(), ensure_ascii=False).encode()
 
 
 def fuzz_records(format: str, junk: Any, seed: int) -> None:

@@ -409,8 +409,10 @@ def test_a_folder_may_mix_formats(write: Write, tmp_path: Path) -> None:
 def test_a_callers_mistakes_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="answers file"):
+        read(tmp_path, "bfcl", answers=tmp_path / "absent.json")
     with pytest.raises(ConfigError, match="unknown format"):
-        read(tmp_path, "csv")  # type: ignore[arg-type]
+        read(tmp_path, "csv")
 
 
 def test_examples_are_plain_json_values(write: Write) -> None:

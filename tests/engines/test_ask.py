@@ -134,7 +134,9 @@ def test_what_was_not_recorded_never_stops_a_run():
 
 
 def priced(text="x", tokens=50, usd=0.1):
-    return Completion(Message("assistant", text), "scripted", input_tokens=tokens // 2, output_tokens=tokens // 2, cost_usd=usd)
+    return Completion(
+        Message("assistant", text), "scripted", input_tokens=tokens // 2, output_tokens=tokens // 2, cost_usd=usd
+    )
 
 
 def test_the_token_budget_is_never_passed_and_resuming_counts_what_was_spent(tmp_path):

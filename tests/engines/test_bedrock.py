@@ -43,7 +43,9 @@ def converse(respond, request=None, **fields):
 
     request = request or question("1+2?", DOTTED)
     with RawServer(answer) as server:
-        config = ModelConfig(engine="bedrock", model="amazon.nova-micro-v1:0", url=server.url, region="us-east-1", **fields)
+        config = ModelConfig(
+            engine="bedrock", model="amazon.nova-micro-v1:0", url=server.url, region="us-east-1", **fields
+        )
         with open_model(config) as model:
             return asyncio.run(model.generate(request.messages, request.tools, request.params)), seen
 
@@ -55,7 +57,9 @@ def json_reply(status, body, **headers):
 def test_tools_go_out_and_calls_come_back_under_their_own_names():
     price = {"input_per_million": 1e6, "output_per_million": 2e6}
     request = Request(
-        (Message("system", "Be brief."), Message("user", "1+2?")), (DOTTED, WEATHER), GenerateParams(max_tokens=9, stop=("X",))
+        (Message("system", "Be brief."), Message("user", "1+2?")),
+        (DOTTED, WEATHER),
+        GenerateParams(max_tokens=9, stop=("X",)),
     )
     answer, ((path, body),) = converse(json_reply(200, reply(TEXT, USE, stop="tool_use")), request, price=price)
     assert answer.message == Message("assistant", "Let me see.", (ToolCall("math.add", {"a": 1, "b": 2}),))
@@ -71,7 +75,13 @@ def test_tools_go_out_and_calls_come_back_under_their_own_names():
 
 def test_turns_alternate_and_results_answer_their_calls():
     calls = (ToolCall("math.add", {"a": 1, "b": 2}), ToolCall("math.add", {"a": 3, "b": 4}))
-    history = (Message("user", "?"), Message("assistant", "", calls), Message("tool", "3"), Message("tool", "7"), Message("user", "so?"))
+    history = (
+        Message("user", "?"),
+        Message("assistant", "", calls),
+        Message("tool", "3"),
+        Message("tool", "7"),
+        Message("user", "so?"),
+    )
     _, ((_, body),) = converse(json_reply(200, reply(TEXT)), Request(history, (DOTTED,)))
     assert [turn["role"] for turn in body["messages"]] == ["user", "assistant", "user"]
     uses = [block["toolUse"]["toolUseId"] for block in body["messages"][1]["content"]]

@@ -44,11 +44,16 @@ def body_sent(request, **fields):
 
 
 def test_tools_go_out_and_calls_come_back_under_their_own_names():
-    reply = Message("assistant", "", (ToolCall("math_add", {"a": 1, "b": 2}), ToolCall("get_weather", {"city": "Oslo"})))
+    reply = Message(
+        "assistant", "", (ToolCall("math_add", {"a": 1, "b": 2}), ToolCall("get_weather", {"city": "Oslo"}))
+    )
     with LocalTeacher(lambda body: reply) as teacher:
         answer = answer_of(teacher.url, question("?", WEATHER, DOTTED, max_tokens=9))
         (sent,) = teacher.requests
-    assert answer.message.tool_calls == (ToolCall("math.add", {"a": 1, "b": 2}), ToolCall("get_weather", {"city": "Oslo"}))
+    assert answer.message.tool_calls == (
+        ToolCall("math.add", {"a": 1, "b": 2}),
+        ToolCall("get_weather", {"city": "Oslo"}),
+    )
     assert (answer.finish_reason, answer.model) == ("tool_calls", "m")
     assert answer.latency_s > 0
     assert [tool["function"]["name"] for tool in sent["tools"]] == ["get_weather", "math_add"]
@@ -140,9 +145,10 @@ def test_what_will_not_work_later_is_refused_with_the_servers_words(status):
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
 def test_what_may_work_later_says_when(status):
-    with RawServer(lambda path, body: (status, {"Retry-After": "7"}, b"<html>busy</html>")) as server:
-        with pytest.raises(ModelUnavailable, match=f"{status}.*busy") as caught:
-            answer_of(server.url)
+    respond = (status, {"Retry-After": "7"}, b"<html>busy</html>")
+    expected = pytest.raises(ModelUnavailable, match=f"{status}.*busy")
+    with RawServer(lambda path, body: respond) as server, expected as caught:
+        answer_of(server.url)
     assert caught.value.retry_after_s == 7
 
 
@@ -167,17 +173,17 @@ def test_a_server_that_drips_is_given_up_after_timeout_s():
 
 
 def test_an_endless_answer_is_not_read_to_its_end():
-    with RawServer(lambda path, body: (200, {}, b" " * 50_000_000)) as server:
-        with pytest.raises(ModelError, match="more than 100,000 bytes"):
-            answer_of(server.url, max_response_bytes=100_000)
+    expected = pytest.raises(ModelError, match="more than 100,000 bytes")
+    with RawServer(lambda path, body: (200, {}, b" " * 50_000_000)) as server, expected:
+        answer_of(server.url, max_response_bytes=100_000)
 
 
 def test_a_compressed_bomb_is_bounded_by_its_expanded_size():
     bomb = gzip.compress(b" " * 50_000_000)
     headers = {"Content-Encoding": "gzip", "Content-Length": str(len(bomb))}
-    with RawServer(lambda path, body: (200, headers, bomb)) as server:
-        with pytest.raises(ModelError, match="more than 100,000 bytes"):
-            answer_of(server.url, max_response_bytes=100_000)
+    expected = pytest.raises(ModelError, match="more than 100,000 bytes")
+    with RawServer(lambda path, body: (200, headers, bomb)) as server, expected:
+        answer_of(server.url, max_response_bytes=100_000)
 
 
 def test_a_damaged_compression_is_an_error_of_ours():

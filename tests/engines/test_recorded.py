@@ -30,10 +30,12 @@ ASKED = [
 ]
 SAID = [
     Completion(Message("assistant", "[get_weather(city='Oslo')] ü\u2028"), "x", "stop", 10, 5, 0.25),
-    Completion(Message("assistant", "", (ToolCall("math.add", {"a": 1, "b": [2, None]}),)), "x", "tool_calls", 1, 2, 1.5),
+    Completion(
+        Message("assistant", "", (ToolCall("math.add", {"a": 1, "b": [2, None]}),)), "x", "tool_calls", 1, 2, 1.5
+    ),
     Completion(Message("assistant", "[math.add(a=1"), "x", "length", 1, 2, 0.001),
     Completion(Message("assistant", ""), "x", "stop", 1, 1, 0.5),
-    Completion(Message("assistant", "7 \ud83d\ude00"), "x", "refused", 1, 2, 2.0),
+    Completion(Message("assistant", "7 \ud800 😀"), "x", "refused", 1, 2, 2.0),
 ]
 ENTRIES = [Entry(f"e{index}", *pair) for index, pair in enumerate(zip(ASKED, SAID, strict=True))]
 
@@ -56,7 +58,11 @@ def test_what_was_recorded_is_answered(tmp_path, prompts, compress):
     for answer, said in zip(answers, SAID, strict=True):
         assert isinstance(answer, Completion)
         assert (answer.finish_reason, answer.latency_s) == (said.finish_reason, said.latency_s)
-        assert (answer.input_tokens, answer.output_tokens, answer.model) == (said.input_tokens, said.output_tokens, "Teacher")
+        assert (answer.input_tokens, answer.output_tokens, answer.model) == (
+            said.input_tokens,
+            said.output_tokens,
+            "Teacher",
+        )
         assert answer.message == said.message
 
 
@@ -92,7 +98,11 @@ def test_a_record_is_a_log_record_as_the_service_writes_it(tmp_path):
     write_recording(tmp_path / "r", ENTRIES[:1], INFO)
     (line,) = only_file(tmp_path / "r").read_text().strip().split("\n")
     record = json.loads(line)
-    assert (record["schemaType"], record["schemaVersion"], record["operation"]) == ("ModelInvocationLog", "1.0", "Converse")
+    assert (record["schemaType"], record["schemaVersion"], record["operation"]) == (
+        "ModelInvocationLog",
+        "1.0",
+        "Converse",
+    )
     assert (record["modelId"], record["timestamp"]) == ("qwen.tiny", "2026-01-02T03:04:05Z")
     assert record["requestMetadata"] == {
         "exampleId": "e0",
@@ -166,7 +176,11 @@ def test_answers_of_two_models_are_not_mixed(tmp_path):
     write_recording(tmp_path / "both" / "two", ENTRIES[:1], ModelInfo("other.model", "2026-01-02T03:04:05Z"))
     # The first answer to a prompt stays, so the second model is seen only where it is chosen.
     assert recorded(tmp_path / "both", model="other.model").name == "other.model"
-    write_recording(tmp_path / "both" / "two", [Entry("z", question("z"), SAID[0])], ModelInfo("other.model", "2026-01-02T03:04:05Z"))
+    write_recording(
+        tmp_path / "both" / "two",
+        [Entry("z", question("z"), SAID[0])],
+        ModelInfo("other.model", "2026-01-02T03:04:05Z"),
+    )
     with pytest.raises(ModelError, match=r"2 models: other.model, qwen.tiny"):
         recorded(tmp_path / "both")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
 import numpy as np
 import pytest
@@ -13,15 +14,48 @@ from stillroom.models import encode_prompt, export, load, load_tokenizer, weight
 from stillroom.models.gguf_file import read_gguf
 from stillroom.models.gguf_layout import gguf_name, permute
 from stillroom.models.gguf_writer import write_gguf
-from stillroom.schema import Message, ToolSpec
+from stillroom.models.prompts import prompt_text
+from stillroom.schema import Message, ToolCall, ToolSpec
+from stillroom.toolcalls import write_tools
 
-TOOLS = (ToolSpec("ping", "Pings.", {"type": "object", "properties": {"host": {"type": "string"}}, "required": ["host"]}),)
+TOOLS = (
+    ToolSpec("ping", "Pings.", {"type": "object", "properties": {"host": {"type": "string"}}, "required": ["host"]}),
+)
 PROMPTS = ["ping example.org", "What's 12 plus  30?\n\n\tplease", "été 東京 🎉 don't I'LL 3.14e-5"]
 
 
+@pytest.fixture(scope="module")
+def merging_student(tmp_path_factory):
+    """A random Llama whose tokenizer has merges, and splits digits as SmolLM's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    inner.decoder = decoders.ByteLevel()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator([f"{text} ping the host please, and answer" for text in PROMPTS] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=special[0], eos_token=special[2], pad_token=special[0]
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("merging")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def student(tiny_student):
-    loaded = load(tiny_student, chat_template="chatml-tools")
+def student(merging_student):
+    loaded = load(merging_student, chat_template="chatml-tools")
     torch.manual_seed(1)
     for parameter in loaded.model.parameters():  # spread out, so that greedy choices are no ties
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
@@ -30,7 +64,9 @@ def student(tiny_student):
 
 def greedy(model, ids: list[int], count: int) -> list[int]:
     with torch.no_grad():
-        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
     return out[0, len(ids) :].tolist()
 
 
@@ -84,21 +120,48 @@ def test_a_gguf_written_from_a_gguf_keeps_its_tokenizer(student, tmp_path):
     assert all(np.array_equal(first.tensor(name), second.tensor(name)) for name in first.tensors)
 
 
-def test_llama_cpp_answers_as_transformers_does(student, tmp_path):
-    """Greedy tokens agree, prompt tokens too, and `--jinja` renders the tools from the file's own template."""
-    xllamacpp = pytest.importorskip("xllamacpp")
+class LlamaServer:
+    """llama.cpp's own server over a GGUF, asked over HTTP as its users ask it."""
+
+    def __init__(self, path) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp")
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(path), 1024, 1
+        params.use_jinja, params.warmup, params.cpuparams.n_threads = True, False, 1
+        self.server = xllamacpp.Server(params)
+
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+
+def test_llama_cpp_reads_and_answers_as_transformers_does(student, tmp_path):
+    """The same prompt from the file's own template, the same tokens of it, the same greedy answer."""
     write_gguf(student, tmp_path / "s.gguf", "F32")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(tmp_path / "s.gguf")
-    params.n_ctx, params.n_predict, params.n_parallel, params.use_jinja, params.warmup = 1024, 16, 1, True, False
-    server = xllamacpp.Server(params)
+    server = LlamaServer(tmp_path / "s.gguf")
+    tools = write_tools(TOOLS, "openai")
     for text in PROMPTS:
-        messages = [Message("user", text)]
-        ids = encode_prompt(student, messages, TOOLS)
-        answer = server.handle_completions(
-            {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True, "ignore_eos": True, "cache_prompt": False}
-        )
-        assert answer["tokens"] == greedy(student.model, ids, 12)
+        call = {"name": "ping", "arguments": json.dumps({"host": text, "n": [1, 2.5, None, True]})}
+        asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+        asked += [
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "0", "type": "function", "function": call}]}
+        ]
+        asked += [{"role": "tool", "tool_call_id": "0", "content": "pong"}, {"role": "user", "content": "and?"}]
+        prompt = server.post("/apply-template", {"messages": asked, "tools": tools})["prompt"]
+        turns = [
+            Message("system", "Be brief."),
+            Message("user", text),
+            Message("assistant", "", (ToolCall("ping", json.loads(call["arguments"])),)),
+            Message("tool", "pong"),
+            Message("user", "and?"),
+        ]
+        assert prompt == prompt_text(student.tokenizer, turns, TOOLS)
+        ids = encode_prompt(student, turns, TOOLS)
+        assert server.post("/tokenize", {"content": prompt, "parse_special": True})["tokens"] == ids
+        wanted = {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        assert server.post("/completion", wanted)["tokens"] == greedy(student.model, ids, 12)
 
 
 def test_what_has_no_layout_in_gguf_is_said_and_the_rest_is_written(student, tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_tools_are_shown_as_signatures_in_the_system_turn(tokenizer):
 
 
 def test_a_conversation_with_calls_and_results_is_rendered_turn_by_turn(tokenizer):
-    call = ToolCall("get_weather", {"location": "Ünï \"q\"\n", "days": [1, 2], "x": {"a": 1.5, "b": None, "c": True}})
+    call = ToolCall("get_weather", {"location": 'Ünï "q"\n', "days": [1, 2], "x": {"a": 1.5, "b": None, "c": True}})
     turns = [Message("user", "hi"), Message("assistant", "", (call,)), Message("tool", "22"), Message("user", "so?")]
     assert prompt_text(tokenizer, turns) == (
         "<|im_start|>user\nhi<|im_end|>\n"

@@ -40,7 +40,8 @@ def _compound(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dic
         inner.map(lambda items: {"type": "array", "items": items, "x-bfcl-type": "tuple"}),
         object_schemas(inner),
         inner.map(lambda each: {"type": "object", "additionalProperties": each}),
-        st.lists(inner, min_size=1, max_size=2).map(lambda each: {"anyOf": each}),
+        # Alternatives that are lists or objects alike are the one thing of which llguidance may lose some.
+        st.tuples(inner, _scalar_schemas).map(lambda each: {"anyOf": list(each)}),
     )
 
 

@@ -209,32 +209,49 @@ def student_tokenizer():
 @needs_student
 def test_the_students_tokens_are_masked_to_a_valid_call(student_tokenizer):
     import llguidance.hf
-    import llguidance.torch
-    import torch
 
     tokenizer = llguidance.hf.from_tokenizer(student_tokenizer)
+    end = student_tokenizer.eos_token_id
     for answer in VALID:
         matcher = matcher_of(tokenizer, grammar(WEATHER))
-        mask_1V = llguidance.torch.allocate_token_bitmask(1, tokenizer.vocab_size)
         for token in student_tokenizer.encode(answer, add_special_tokens=False):
-            llguidance.torch.fill_next_token_bitmask(matcher, mask_1V)
-            assert int(mask_1V[0, token // 32]) >> (token % 32) & 1
+            mask = matcher.compute_bitmask()
+            assert mask[token // 8] >> (token % 8) & 1
+            assert not mask[end // 8] >> (end % 8) & 1
             assert matcher.consume_token(token)
-        llguidance.torch.fill_next_token_bitmask(matcher, mask_1V)
-        end = student_tokenizer.eos_token_id
-        assert int(mask_1V[0, end // 32]) >> (end % 32) & 1
         assert matcher.is_accepting()
-    assert mask_1V.dtype == torch.int32
+        assert matcher.compute_bitmask()[end // 8] >> (end % 8) & 1
+
+
+BOUNDED = read_tools(
+    {
+        "name": "light.set",
+        "parameters": {
+            "type": "object",
+            "required": ["room", "on"],
+            "properties": {
+                "level": {"type": "integer"},
+                "room": {"type": "string", "enum": ["kitchen", "hall"]},
+                "on": {"type": "boolean"},
+                "times": {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": 2},
+            },
+        },
+    }
+)
 
 
 @needs_student
 def test_llama_cpp_takes_the_same_grammar():
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2())
-    params.n_ctx, params.cpuparams.n_threads, params.warmup = 512, 2, False
+    params.model.path, params.n_ctx, params.cpuparams.n_threads, params.warmup = str(smollm2()), 256, 1, False
     server = xllamacpp.Server(params)
-    for dialect, tools in (("python", WEATHER), ("json", WEATHER), ("hermes", [ToolSpec("f"), ToolSpec("g")])):
-        body = {"prompt": "The weather in Paris:", "n_predict": 96, "temperature": 0.0}
-        answer = server.handle_completions({**body, "grammar": grammar(tools, dialect)})["content"]
-        assert validate_calls(parse_calls(answer, dialect), tools) == []
+
+    def complete(tools, dialect, max_tokens):
+        body = {"prompt": "Turn on the light:", "temperature": 0.0, "grammar": grammar(tools, dialect)}
+        return server.handle_completions({**body, "max_tokens": max_tokens})
+
+    answer = complete(BOUNDED, "python", 80)["choices"][0]["text"]
+    assert validate_calls(parse_calls(answer, "python"), BOUNDED) == []
+    for dialect, start in (("python", "["), ("json", "["), ("hermes", "<")):
+        assert complete(WEATHER, dialect, 1)["choices"][0]["text"].startswith(start)

@@ -176,7 +176,12 @@ def test_the_checkpoint_of_another_run_is_refused(tiny_student, tmp_path, change
 
 def test_how_often_it_is_saved_does_not_make_it_another_run(tiny_student, tmp_path):
     train(open_student(tiny_student), examples(), QUICK, tmp_path)
-    train(open_student(tiny_student), examples(), QUICK.model_copy(update={"save_every_s": 1.0, "keep_latest": 1}), tmp_path)
+    train(
+        open_student(tiny_student),
+        examples(),
+        QUICK.model_copy(update={"save_every_s": 1.0, "keep_latest": 1}),
+        tmp_path,
+    )
 
 
 def test_merged_adapters_answer_as_the_adapted_model_did(tiny_student, tmp_path):
