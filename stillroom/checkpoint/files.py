@@ -83,7 +83,7 @@ def read_tensor_file(path: Path, crcs: dict[str, int], size_bytes: int) -> dict[
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         crc = 0
         for at in range(start, stop, PIECE_BYTES):
-            crc = zlib.crc32(data[at : min(at + PIECE_BYTES, stop)], crc)
+            crc = zlib.crc32(data[at : min(at + PIECE_BYTES, stop)].data, crc)
         if crc != crcs[name]:
             raise ValueError(f"tensor {name!r} has CRC32 {crc:08x}, written as {crcs[name]:08x}")
         raw = torch.from_numpy(data[start:stop]) if stop > start else torch.empty(0, dtype=torch.uint8)
@@ -106,4 +106,4 @@ def _pieces(tensor: Tensor) -> Any:
         return
     view = flat.view(torch.uint8).numpy()
     for at in range(0, len(view), PIECE_BYTES):
-        yield memoryview(view[at : at + PIECE_BYTES])
+        yield view[at : at + PIECE_BYTES].data

@@ -1,17 +1,17 @@
-"""Answers written side by side: one prefill, then one token a step for every answer that is not finished.
+"""Answers written side by side, each as it would be alone.
 
-    plan_batches    jobs of similar length together, within a token budget
-    write_answers   left-padded prefill, then steps; finished rows leave the batch
+    write_answers   the way in: chooses how
+    write_stream    Llama-like models: a row whose answer is finished is given to the next prompt
+    write_batch     any causal model: left-padded prefill, then steps; finished rows leave the batch
 
-Promise: greedy answers are those of each prompt alone, up to ties in rounding; sampled ones draw from a
-generator of their own, seeded by the request, so they do not depend on their neighbours.
-Dims: B rows, T prompt tokens, V vocabulary.
+Promise: greedy answers are those of each prompt alone, up to ties in rounding; sampled ones do not depend
+on their neighbours either. Dims: B rows, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,54 +19,80 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from stillroom.engines.constrain import Matcher
+from stillroom.engines.jobs import Job, choose, plan_batches
+from stillroom.engines.llama import LlamaDecoder, is_llama_like
 
 KEEP_SHARE = 0.75  # below this share of unfinished rows, the finished ones are taken out
 ROOM = 64  # tokens for which the cache has room before it is copied to a larger one
+PREFILL_TOKENS = 1024  # prompts read together: enough for full speed, few enough to stay in the processor's cache
 
 
-@dataclass
-class Job:
-    """One answer to write, and what has been written.
+def write_answers(
+    model: Any,
+    jobs: Sequence[Job],
+    end_ids: frozenset[int],
+    finished: Callable[[Job], None],
+    *,
+    max_batch: int,
+    batch_tokens: int,
+) -> None:
+    """Write every job's answer; `finished` is called for each as soon as it is done.
 
-    Attributes:
-        prompt: token ids. max_tokens: how many may be written. temperature: 0 is greedy.
-        seed: of the answer's own generator. matcher: restricts the tokens, or None.
-        stopped_by_text: whether the tokens so far contain a stop string.
-        written: token ids so far, the ending one included. finish: `stop` or `length`, None while it is written.
+    Args:
+        model: a Transformers causal language model in evaluation mode.
+        jobs: with at least one token of prompt and of `max_tokens` each.
+        end_ids: tokens that end an answer.
+        max_batch: answers under way at once. batch_tokens: tokens of prompts and answers in memory at once.
     """
-
-    prompt: list[int]
-    max_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    matcher: Matcher | None = None
-    stopped_by_text: Callable[[list[int]], bool] | None = None
-    written: list[int] = field(default_factory=list)
-    finish: str | None = None
-
-
-def plan_batches(lengths: Sequence[int], max_batch: int, batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first; a batch has at most `batch_tokens` padded tokens.
-
-    A single prompt longer than that is a batch by itself.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches: list[list[int]] = []
-    for index in order:
-        last = batches[-1] if batches else None
-        if last is None or len(last) >= max_batch or lengths[last[0]] * (len(last) + 1) > batch_tokens:
-            batches.append([index])
-        else:
-            last.append(index)
-    return batches
+    positions = max(len(job.prompt) + job.max_tokens for job in jobs)
+    if is_llama_like(model, positions):
+        rows = max(1, min(max_batch, len(jobs), batch_tokens // positions))
+        write_stream(LlamaDecoder(model, rows, positions), jobs, end_ids, finished, rows)
+        return
+    lengths = [len(job.prompt) + job.max_tokens for job in jobs]
+    for batch in plan_batches(lengths, max_batch, batch_tokens):
+        write_batch(model, [jobs[index] for index in batch], end_ids, finished)
 
 
 @torch.inference_mode()
-def write_answers(
-    model: Any, jobs: Sequence[Job], end_ids: frozenset[int], finished: Callable[[Job], None] | None = None
+def write_stream(
+    decoder: LlamaDecoder, jobs: Sequence[Job], end_ids: frozenset[int], finished: Callable[[Job], None], rows: int
 ) -> None:
-    """Write every job's answer; `finished` is called for each as soon as it is done.
+    """Keep up to `rows` answers under way until all are written; longest prompts first."""
+    waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
+    writing: list[Job] = []  # by row of the decoder
+    enough = max(1, rows // 4)  # free rows worth a prefill: each one costs a pass over all weights
+    while waiting or writing:
+        free = rows - len(writing)
+        if waiting and free >= min(enough, len(waiting)):
+            group = _next_group(waiting, free)
+            logits_BV = decoder.prefill([job.prompt for job in group])
+            first, writing = len(writing), [*writing, *group]
+        else:
+            first, logits_BV = 0, decoder.step([job.written[-1] for job in writing])
+        for job, token in zip(writing[first:], choose(logits_BV, writing[first:]), strict=True):
+            job.take(token, end_ids)
+        for row in range(len(writing) - 1, -1, -1):
+            if writing[row].finish is not None:
+                finished(writing[row])
+                decoder.drop(row)
+                writing[row] = writing[-1]
+                writing.pop()
+
+
+def _next_group(waiting: deque[Job], free: int) -> list[Job]:
+    group, tokens = [waiting.popleft()], 0
+    while waiting and len(group) < free:
+        tokens += len(group[-1].prompt)
+        if tokens + len(waiting[0].prompt) > PREFILL_TOKENS:
+            break
+        group.append(waiting.popleft())
+    return group
+
+
+@torch.inference_mode()
+def write_batch(model: Any, jobs: Sequence[Job], end_ids: frozenset[int], finished: Callable[[Job], None]) -> None:
+    """Write the answers of one batch by the model's own code; `finished` is called for each as soon as it is done.
 
     Args:
         model: a Transformers causal language model in evaluation mode.
@@ -79,16 +105,15 @@ def write_answers(
     cache = _roomy_cache(model)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)
     logits_BV = _forward(model, ids_BT, mask_BT, positions_BT, cache)
-    draw = [_generator(job, device) for job in jobs]
     rows = list(range(len(jobs)))  # which job each row of the batch writes
     next_B = positions_BT[:, -1] + 1
     while True:
-        tokens = _choose(logits_BV, [jobs[row] for row in rows], [draw[row] for row in rows])
+        tokens = choose(logits_BV, [jobs[row] for row in rows])
         for row, token in zip(rows, tokens, strict=True):
             job = jobs[row]
             if job.finish is None:
-                _take(job, token, end_ids)
-                if job.finish is not None and finished is not None:
+                job.take(token, end_ids)
+                if job.finish is not None:
                     finished(job)
         going = [index for index, row in enumerate(rows) if jobs[row].finish is None]
         if not going:
@@ -106,7 +131,6 @@ def write_answers(
 
 
 def _forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
-    # Without padding no mask is passed: attention then takes its faster path.
     out = model(
         input_ids=ids_BT,
         attention_mask=mask_BT,
@@ -117,36 +141,6 @@ def _forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, 
     )
     logits: Tensor = out.logits[:, -1].float()
     return logits
-
-
-def _take(job: Job, token: int, end_ids: frozenset[int]) -> None:
-    job.written.append(token)
-    if (
-        token in end_ids
-        or (job.matcher is not None and job.matcher.take(token))
-        or (job.stopped_by_text is not None and job.stopped_by_text(job.written))
-    ):
-        job.finish = "stop"
-    elif len(job.written) >= job.max_tokens:
-        job.finish = "length"
-
-
-def _choose(logits_BV: Tensor, jobs: Sequence[Job], draws: Sequence[torch.Generator | None]) -> list[int]:
-    for index, job in enumerate(jobs):
-        if job.matcher is not None and job.finish is None:
-            job.matcher.mask(logits_BV[index])
-    tokens: list[int] = logits_BV.argmax(-1).tolist()
-    for index, (job, draw) in enumerate(zip(jobs, draws, strict=True)):
-        if draw is not None and job.finish is None:
-            chances_V = torch.softmax(logits_BV[index] / job.temperature, -1)
-            tokens[index] = int(torch.multinomial(chances_V, 1, generator=draw))
-    return tokens
-
-
-def _generator(job: Job, device: torch.device) -> torch.Generator | None:
-    if job.temperature <= 0:
-        return None
-    return torch.Generator(device=device).manual_seed(job.seed)
 
 
 def _left_padded(prompts: Sequence[list[int]], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -166,6 +160,8 @@ def _roomy_cache(model: Any) -> Cache:
 class _RoomyLayer(DynamicLayer):
     """Keys and values with room to grow: the plain layer copies all of them at every token."""
 
+    keys: Tensor
+    values: Tensor
     _used = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

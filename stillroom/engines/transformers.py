@@ -20,13 +20,15 @@ import torch
 
 from stillroom.engines.base import Engine
 from stillroom.engines.config import ModelConfig
-from stillroom.engines.decoding import Job, plan_batches, write_answers
+from stillroom.engines.decoding import write_answers
+from stillroom.engines.jobs import Job
 from stillroom.engines.prompts import PYTHON_PROMPT, with_python_tools
 from stillroom.errors import ConfigError, ModelError, ModelRefused
 from stillroom.models import Loaded, encode_prompt, load, pick_precision
 from stillroom.schema import Completion, GenerateParams, Message, ToolSpec, digest
 
-GATHER_S = 0.005  # how long the worker waits for more requests once one has come
+ALONE_S = 0.002  # how long the first request waits for a second one
+GATHER_S = 0.05  # where there are several: how long for another, whose prompt is being made meanwhile
 
 
 @dataclass
@@ -137,22 +139,20 @@ class TransformersModel(Engine):
         return str(self.loaded.tokenizer.decode(list(written), skip_special_tokens=True))
 
     def _work(self) -> None:
-        """The worker thread: gather, sort by length, write, until told to stop."""
+        """The worker thread: gather what there is, write it, until told to stop."""
         while (item := self._queue.get()) is not None:
-            items, more = [item], True
-            while more:
+            items, wait_s = [item], ALONE_S
+            while True:
                 try:
-                    further = self._queue.get(timeout=GATHER_S)
+                    further = self._queue.get(timeout=wait_s)
                 except queue.Empty:
                     break
                 if further is None:
                     self._queue.put(None)  # stop after these
-                    more = False
-                else:
-                    items.append(further)
-            lengths = [len(entry.job.prompt) for entry in items]
-            for batch in plan_batches(lengths, self.config.max_batch, self.config.batch_tokens):
-                self._write([items[index] for index in batch], alone=len(items) == 1)
+                    break
+                items.append(further)
+                wait_s = GATHER_S
+            self._write(items, alone=len(items) == 1)
 
     def _write(self, items: list[_Item], *, alone: bool) -> None:
         items = [item for item in items if item.future.set_running_or_notify_cancel()]
@@ -167,7 +167,14 @@ class TransformersModel(Engine):
             item.future.set_result(self._answer(job, item.stops, latency_s))
 
         try:
-            write_answers(self.loaded.model, [item.job for item in items], self._end_ids, finished)
+            write_answers(
+                self.loaded.model,
+                [item.job for item in items],
+                self._end_ids,
+                finished,
+                max_batch=self.config.max_batch,
+                batch_tokens=self.config.batch_tokens,
+            )
         except Exception as error:
             for item in items:
                 if not item.future.done():

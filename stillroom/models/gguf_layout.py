@@ -91,7 +91,10 @@ def model_config(file: GgufFile) -> Any:
     from transformers import AutoConfig
 
     data, arch = file.metadata, file.metadata.get("general.architecture")
-    get = lambda key, default=None: data.get(f"{arch}.{key}", default)  # noqa: E731 - a prefix, twelve times
+
+    def get(key: str, default: Any = None) -> Any:
+        return data.get(f"{arch}.{key}", default)
+
     plain = (
         not any(".rope.scaling." in key or "expert" in key for key in data) and "rope_freqs.weight" not in file.tensors
     )
@@ -134,7 +137,7 @@ def tokenizer(file: GgufFile) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokens, kinds = data["tokenizer.ggml.tokens"], data["tokenizer.ggml.token_type"]
-    text = {
+    text: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,

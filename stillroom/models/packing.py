@@ -76,7 +76,8 @@ def pack(sequences: Sequence[TokenSequence], *, share: bool = True) -> Packed:
     else:
         for sequence in sequences:
             _lay(layout, [sequence], 0, ())
-    scored, labels = [], []
+    scored: list[int] = []
+    labels: list[int] = []
     for sequence, chain in layout.chains:
         row_of = [row for segment in chain for row in range(segment.start, segment.stop)]
         scored.extend(row_of[sequence.first_target - 1 :])

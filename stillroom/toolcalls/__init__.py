@@ -6,7 +6,7 @@
     render.py    ToolCall -> canonical text; parse(render(calls)) == calls
     validate.py  does a call fit its specification, right or wrong
     matching.py  is it the right call, as BFCL defines it; each failure has a kind
-    golden.py    one concrete right answer out of BFCL's lists of acceptable ones
+    golden.py    one concrete right answer out of a ground truth, and a ground truth out of a right answer
     gbnf.py      a GBNF grammar of exactly the valid calls, for constrained decoding
 
 Promise: no evaluation of text, bounded time and memory, no import beyond the standard library
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillroom.toolcalls.gbnf import grammar
-    from stillroom.toolcalls.golden import golden_call
+    from stillroom.toolcalls.golden import expected_from, golden_call
     from stillroom.toolcalls.limits import Limits
     from stillroom.toolcalls.literals import CallParseError
     from stillroom.toolcalls.matching import FAILURE_KINDS, Match, match
@@ -38,6 +38,7 @@ __all__ = [
     "Match",
     "Problem",
     "check_tools",
+    "expected_from",
     "golden_call",
     "grammar",
     "match",
@@ -58,6 +59,7 @@ _HOME = {
     "Match": "matching",
     "Problem": "validate",
     "check_tools": "validate",
+    "expected_from": "golden",
     "golden_call": "golden",
     "grammar": "gbnf",
     "match": "matching",

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from stillroom.errors import DataError
 from stillroom.schema import ToolSpec
 from stillroom.toolcalls.literals import NAME
-from stillroom.toolcalls.render import render_value
+from stillroom.toolcalls.render import LONE_SURROGATE, check_value, render_value
 from stillroom.toolcalls.shapes import (
     ANY,
     Field,
@@ -35,6 +36,9 @@ from stillroom.toolcalls.shapes import (
     Union,
     compile_parameters,
 )
+
+MOST_REPEATS: Final = 500
+"""List bounds beyond it are not enforced: engines write repetitions out one by one."""
 
 # What no string literal of the notation may hold as it is.
 _SPECIAL = re.compile(r'["\\\x00-\x1f\x7f]')
@@ -92,7 +96,7 @@ def grammar(tools: Sequence[ToolSpec], dialect: str = "python", *, most_calls: i
 
     Raises:
         ValueError: the dialect is unknown, or `most_calls` is below 1.
-        DataError: a value of an enum cannot be written.
+        DataError: a tool's name or a value of an enum cannot be written.
     """
     if dialect not in _DIALECTS:
         raise ValueError(f"unknown dialect {dialect!r}; choose one of {', '.join(_DIALECTS)}")
@@ -120,6 +124,8 @@ class _Writer:
     def tool(self, index: int, tool: ToolSpec) -> str:
         """The rule of one tool's calls."""
         name = f"t{index}"
+        if self.calls_as_python and not NAME.fullmatch(tool.name):
+            raise DataError(f"the tool name {tool.name!r} cannot be written as a Python call; use the json dialect.")
         compiled = compile_parameters(tool.parameters)
         self.references = {key: f"{name}-d{number}" for number, key in enumerate(compiled.named)}
         if self.calls_as_python:
@@ -139,6 +145,8 @@ class _Writer:
         if isinstance(shape, Plain):
             return self._plain(shape.kind)
         if isinstance(shape, Literal):
+            for value in shape.values:
+                check_value(value, "a value of an enum")
             return _either([_quoted(self.dialect.value(value)) for value in shape.values])
         if isinstance(shape, Union):
             if ANY in shape.shapes:
@@ -169,8 +177,8 @@ class _Writer:
         if shape.most == 0:
             return _quoted("[]")
         item = self._named(f"{name}-i", self._shape(shape.items, f"{name}-i"))
-        least = max(shape.least - 1, 0)
-        most = "" if shape.most is None else max(shape.most - 1, least)
+        least = min(max(shape.least - 1, 0), MOST_REPEATS)
+        most = "" if shape.most is None or shape.most > MOST_REPEATS else max(shape.most - 1, least)
         body = f"{item} ( {_quoted(', ')} {item} ){{{least},{most}}}"
         return _around("[", f"( {body} )?" if shape.least == 0 else body, "]")
 
@@ -240,6 +248,8 @@ def _around(opening: str, body: str, closing: str) -> str:
 
 def _quoted(text: str) -> str:
     """Text as a literal of the notation."""
+    if LONE_SURROGATE.search(text):
+        raise DataError(f"half a surrogate pair, which is not text, stands in a name or an enum: {text[:40]!r}.")
     return '"' + _SPECIAL.sub(lambda found: _ESCAPES.get(found.group(), f"\\x{ord(found.group()):02x}"), text) + '"'
 
 

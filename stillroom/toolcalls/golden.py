@@ -1,4 +1,4 @@
-"""One concrete right answer out of BFCL's lists of acceptable values."""
+"""From BFCL's ground truth to one concrete right answer, and from an answer known to be right to a ground truth."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ def golden_call(expected: Sequence[Mapping[str, Mapping[str, Any]]], tools: Sequ
         DataError: the ground truth does not fit the tools or has another form.
     """
     return tuple(_call(name, answer, find_tool(name, tools)) for name, answer in read_truth(expected))
+
+
+def expected_from(calls: Sequence[ToolCall], tools: Sequence[ToolSpec]) -> list[dict[str, dict[str, list[Any]]]]:
+    """The ground truth that accepts these calls and, as `match` compares values, no others.
+
+    In BFCL's form objects list the acceptable values of each key where objects are declared, so it takes more than
+    a list around each argument: a list inside an object would be read as alternatives.
+
+    Raises:
+        DataError: a call is of a tool that is not among `tools`.
+    """
+    expected = []
+    for call in calls:
+        declared = find_tool(call.name, tools).parameters.get("properties") or {}
+        wrapped = {key: [_accepting(value, declared.get(key, {}))] for key, value in call.arguments.items()}
+        expected.append({call.name: wrapped})
+    return expected
 
 
 def _call(name: str, answer: Mapping[str, Any], tool: ToolSpec) -> ToolCall:
@@ -67,3 +84,13 @@ def _object(acceptable: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
 def _declared_first(keys: Mapping[str, Any], declared: Mapping[str, Any]) -> list[str]:
     """The keys in the order in which they are declared, which is also the grammar's; then the rest."""
     return [*(key for key in declared if key in keys), *(key for key in keys if key not in declared)]
+
+
+def _accepting(value: Any, schema: Mapping[str, Any]) -> Any:
+    """One value as the ground truth writes it; the inverse of `_value`."""
+    if schema.get("type") == "object" and isinstance(value, Mapping):
+        return {key: [item] for key, item in value.items()}
+    items = schema.get("items")
+    if isinstance(value, list) and isinstance(items, Mapping) and items.get("type") == "object":
+        return [{key: [item] for key, item in each.items()} if isinstance(each, Mapping) else each for each in value]
+    return value

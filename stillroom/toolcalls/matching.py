@@ -225,7 +225,9 @@ def _compare(value: Any, acceptable: Sequence[Any], schema: Any) -> str:
     if type(value) is declared:
         item_type = _item_type(schema) if declared is list else None
         if item_type is not None and not _items_fit(value, acceptable, item_type):
-            return "wrong_type"
+            # A list that mixes 1 and 2.5 does not fit itself; what is given exactly is right nevertheless.
+            given_exactly = item_type is not dict and any(_identical(value, each) for each in acceptable)
+            return "" if given_exactly else "wrong_type"
         exact = given is not None and given is not declared
     elif given is not None and type(value) is given:
         item_type, exact = None, True
@@ -266,6 +268,13 @@ def _equal_object(value: Mapping[str, Any], acceptable: Mapping[str, Any]) -> bo
 def _list(acceptable: Any) -> list[Any]:
     """Acceptable values; one that stands without its list accepts itself."""
     return acceptable if isinstance(acceptable, list) else [acceptable]
+
+
+def _identical(value: Any, other: Any) -> bool:
+    """Equal in every type too, at any depth."""
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(_identical, value, other))
+    return type(value) is type(other) and bool(value == other)
 
 
 def _standard(value: Any) -> Any:

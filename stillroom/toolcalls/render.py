@@ -20,7 +20,7 @@ from stillroom.schema import ToolCall
 from stillroom.toolcalls.limits import DEFAULT_LIMITS
 from stillroom.toolcalls.literals import NAME
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def render_calls(calls: Sequence[ToolCall], dialect: str = "python") -> str:
@@ -36,7 +36,7 @@ def render_calls(calls: Sequence[ToolCall], dialect: str = "python") -> str:
     if dialect not in _WRITERS:
         raise ValueError(f"unknown dialect {dialect!r}; choose one of {', '.join(_WRITERS)}")
     for number, call in enumerate(calls):
-        _check(dict(call.arguments), f"argument of call {number} ({call.name})", 0)
+        check_value(dict(call.arguments), f"argument of call {number} ({call.name})", 0)
     return _WRITERS[dialect](calls)
 
 
@@ -51,6 +51,29 @@ def render_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(render_value(item) for item in value) + "]"
     return repr(value)
+
+
+def check_value(value: Any, where: str, depth: int = 0) -> None:
+    """Raise DataError for what no dialect can carry, naming where it stands."""
+    if depth > DEFAULT_LIMITS.depth:
+        raise DataError(f"{where} is nested more than {DEFAULT_LIMITS.depth} deep and could not be read back.")
+    if isinstance(value, str):
+        if LONE_SURROGATE.search(value):
+            raise DataError(f"{where} holds half a surrogate pair, which is not text: {value[:40]!r}.")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise DataError(f"{where} has the key {key!r}; the keys of an object must be strings.")
+            check_value(key, where, depth)
+            check_value(item, f"{where}, {key[:40]!r}", depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            check_value(item, f"{where}, item {index}", depth + 1)
+    elif isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise DataError(f"{where} is {value}, which JSON does not have.")
+    elif not (value is None or isinstance(value, (bool, int))):
+        raise DataError(f"{where} is a {type(value).__name__}, which JSON does not have.")
 
 
 def _python(calls: Sequence[ToolCall]) -> str:
@@ -85,29 +108,6 @@ def _llama(calls: Sequence[ToolCall]) -> str:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=dict)
-
-
-def _check(value: Any, where: str, depth: int) -> None:
-    """Refuse what no dialect can carry, naming where it stands."""
-    if depth > DEFAULT_LIMITS.depth:
-        raise DataError(f"{where} is nested more than {DEFAULT_LIMITS.depth} deep and could not be read back.")
-    if isinstance(value, str):
-        if _LONE_SURROGATE.search(value):
-            raise DataError(f"{where} holds half a surrogate pair, which is not text: {value[:40]!r}.")
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise DataError(f"{where} has the key {key!r}; the keys of an object must be strings.")
-            _check(key, where, depth)
-            _check(item, f"{where}, {key[:40]!r}", depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check(item, f"{where}, item {index}", depth + 1)
-    elif isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
-            raise DataError(f"{where} is {value}, which JSON does not have.")
-    elif not (value is None or isinstance(value, (bool, int))):
-        raise DataError(f"{where} is a {type(value).__name__}, which JSON does not have.")
 
 
 _WRITERS: Final[dict[str, Callable[[Sequence[ToolCall]], str]]] = {

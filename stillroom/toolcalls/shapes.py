@@ -104,7 +104,8 @@ def _shape(schema: Any, definitions: Mapping[str, Any]) -> Shape:
     if not isinstance(schema, Mapping):
         return ANY
     if "$ref" in schema:
-        return Reference(schema["$ref"]) if schema["$ref"] in definitions else ANY
+        target = schema["$ref"]
+        return Reference(target) if isinstance(target, str) and target in definitions else ANY
     if "const" in schema:
         return Literal((schema["const"],))
     for key in ("anyOf", "oneOf"):

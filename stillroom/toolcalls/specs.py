@@ -146,7 +146,8 @@ def _check_keywords(schema: Mapping[str, Any], where: str) -> None:
     if not isinstance(schema.get("enum", []), list):
         raise ParseError(f"{where}.enum must be a list of values, but is {_kind(schema['enum'])}")
     for key in _NAMED_SCHEMAS:
-        if not isinstance(schema.get(key, {}), Mapping):
+        named = schema.get(key, {})
+        if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
             raise ParseError(f"{where}.{key} must be an object of schemas, but is {_kind(schema[key])}")
     for key in _SCHEMAS:
         if not isinstance(schema.get(key, []), list):

@@ -62,12 +62,16 @@ def student(merging_student):
     return loaded
 
 
-def greedy(model, ids: list[int], count: int) -> list[int]:
+def worst_gap(student, prompt: list[int], answer: list[int]) -> float:
+    """By how much, in nats, any token of `answer` is less likely than the best one there, as Transformers sees it.
+
+    The end of the turn does not compete: llama.cpp was told to ignore it.
+    """
     with torch.no_grad():
-        out = model.generate(
-            torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
-    return out[0, len(ids) :].tolist()
+        logits = student.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    logits[:, student.tokenizer.eos_token_id] = -torch.inf
+    chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    return float((logits.max(-1).values - chosen).max())
 
 
 def test_the_directory_opens_in_transformers_as_it_is(student, tmp_path):
@@ -128,6 +132,7 @@ class LlamaServer:
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(path), 1024, 1
         params.use_jinja, params.warmup, params.cpuparams.n_threads = True, False, 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(params)
 
     def post(self, path: str, body: dict) -> dict:
@@ -161,7 +166,10 @@ def test_llama_cpp_reads_and_answers_as_transformers_does(student, tmp_path):
         ids = encode_prompt(student, turns, TOOLS)
         assert server.post("/tokenize", {"content": prompt, "parse_special": True})["tokens"] == ids
         wanted = {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True, "ignore_eos": True}
-        assert server.post("/completion", wanted)["tokens"] == greedy(student.model, ids, 12)
+        # Greedy there is greedy here, up to near ties, since ggml rounds attention differently.
+        answer = server.post("/completion", wanted)["tokens"]
+        assert len(answer) == 12
+        assert worst_gap(student, ids, answer) < 0.02
 
 
 def test_what_has_no_layout_in_gguf_is_said_and_the_rest_is_written(student, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillroom.errors import DataError
 from stillroom.schema import ToolCall, ToolSpec
 from stillroom.toolcalls import grammar, parse_calls, read_tools, render_calls, validate_calls
 from tests.toolcalls.strategies import arguments_of, fuzz_count, tool_lists
@@ -170,6 +171,22 @@ def test_a_schema_that_refers_to_itself_is_admitted_to_any_depth(byte_tokenizer)
     text = grammar([ToolSpec("f", "", schema)])
     assert admits(byte_tokenizer, text, '[f(x={"next": {"next": {"next": {}}}})]')
     assert not admits(byte_tokenizer, text, '[f(x={"next": 3})]')
+
+
+def test_what_cannot_be_written_is_an_error():
+    with pytest.raises(DataError, match="tool name"):
+        grammar([ToolSpec("a b")])
+    for value in (float("nan"), "\ud800"):
+        schema = {"type": "object", "properties": {"x": {"enum": [value]}}}
+        with pytest.raises(DataError, match="enum"):
+            grammar([ToolSpec("f", "", schema)])
+    assert "a b" in grammar([ToolSpec("a b")], "json")
+
+
+def test_large_bounds_do_not_make_a_large_grammar(byte_tokenizer):
+    items = {"type": "array", "items": {"type": "integer"}, "minItems": 0, "maxItems": 10**9}
+    text = grammar([ToolSpec("f", "", {"type": "object", "properties": {"x": items}})])
+    assert admits(byte_tokenizer, text, "[f(x=[1, 2])]")
 
 
 def test_the_size_is_linear_in_the_specification():

@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.bfcl_checker import entries, load_theirs, python_calls
 from stillroom.errors import DataError
 from stillroom.schema import ToolCall, ToolSpec
-from stillroom.toolcalls import FAILURE_KINDS, golden_call, match, parse_calls, read_tools
+from stillroom.toolcalls import FAILURE_KINDS, expected_from, golden_call, match, parse_calls, read_tools
+from tests.toolcalls.strategies import arguments_of, fuzz_count, tools
 
 DEFECTS = json.loads(Path(__file__).with_name("bfcl_defects.json").read_text(encoding="utf-8"))
 needs_bfcl = pytest.mark.skipif(importlib.util.find_spec("bfcl_eval") is None, reason="bfcl-eval is not installed")
@@ -232,6 +235,24 @@ def test_a_golden_call_takes_the_first_value_and_leaves_out_what_may_be():
 def test_a_golden_call_fills_a_required_parameter_whatever_the_truth_marks():
     (golden,) = golden_call([{"geo.find": {"city": ["", "SJ"], "n": [""]}}], TOOLS)
     assert golden.arguments == {"city": "SJ", "n": ""}
+
+
+def test_a_right_answer_makes_a_truth_that_accepts_it_and_not_its_alternatives():
+    arguments = RIGHT | {"filter": {"kind": ["a", "b"]}, "rows": [{"a": [1]}], "sizes": [1, 2.5], "data": {"k": [1]}}
+    truth = expected_from([ToolCall("geo.find", arguments)], TOOLS)
+
+    assert match([ToolCall("geo.find", arguments)], truth, TOOLS, "simple").ok
+    assert match(golden_call(truth, TOOLS), truth, TOOLS, "simple").ok
+    for wrong in ({"filter": {"kind": "a"}}, {"rows": [{"a": 1}]}, {"sizes": [1, 2]}, {"data": {"k": 1}}):
+        assert not match([ToolCall("geo.find", arguments | wrong)], truth, TOOLS, "simple").ok
+
+
+@settings(max_examples=fuzz_count(30), deadline=None)
+@given(data=st.data(), tool=tools)
+def test_any_valid_call_makes_a_truth_that_accepts_it(data, tool):
+    call = ToolCall(tool.name, data.draw(arguments_of(tool.parameters)))
+    truth = expected_from([call, call], [tool])
+    assert match([call, call], truth, [tool], "").ok
 
 
 # Ground truths that accept no answer at all: no acceptable value is listed, or only a parameter that is not declared.
