@@ -34,11 +34,11 @@ CHILD = """
 import json, resource, sys, time
 from stillroom.data import check
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-started = time.perf_counter()
+started, before = time.perf_counter(), time.process_time()
 found = check(sys.argv[1], out=sys.argv[2])
-seconds = time.perf_counter() - started
+seconds, cpu = time.perf_counter() - started, time.process_time() - before
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"seconds": seconds, "peak_mib": peak, "started_mib": imported,
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak, "started_mib": imported,
                   "accepted": found.accepted, "rejected": found.rejected, "warned": found.warned}))
 """
 FLOOR = """
@@ -78,6 +78,9 @@ def main() -> None:
         "peak_mib_150k": round(max(sample["peak_mib"] for sample in samples[large]), 1),
         "started_mib": round(samples[small][0]["started_mib"], 1),
         "samples_records_per_s": [round(rate) for rate in rates],
+        # On a machine that does other work too, this is the steadier figure.
+        "samples_records_per_cpu_s": [round(large / sample["cpu_seconds"]) for sample in samples[large]],
+        "load": os.getloadavg(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
     }

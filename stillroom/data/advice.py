@@ -70,7 +70,7 @@ def _about_answer(
         return
     for problem in validate_calls(calls, tools):
         if not any(f"{name!r}" in problem.message or problem.path.endswith(name) for name in undeclared):
-            yield Reason.INVALID_ANSWER, f"{problem.path}: {excerpt(problem.message)}".removeprefix(": ")
+            yield Reason.INVALID_ANSWER, f"{excerpt(problem.path)}: {excerpt(problem.message)}"
     prompt: str | None = None
     for call in calls:
         for path, value in _texts(call.arguments, call.name):

@@ -89,13 +89,13 @@ class Insights:
             place = f"{first.file}:{first.line}" if first.line else first.file
             lines += [f"{count:>9,}  {reason}{' (warning)' * reason.is_warning}, first in {place}: {first.message}"]
             lines += [f"{'':9}  {reason.help}"]
-        return "\n".join(lines)
+        return "\n".join(lines).encode("utf-8", "replace").decode()
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page: one file, readable offline."""
         from stillroom.data.page import render
 
-        write_atomic(path, render(self))
+        write_atomic(path, render(self).encode("utf-8", "replace"))
         return Path(path)
 
 

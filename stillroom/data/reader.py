@@ -8,6 +8,7 @@ Repeats are not looked for here (that needs memory): `check` and `prepare` do.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from stillroom.data.config import ReadLimits
 from stillroom.data.filters import check_filter, matches
 from stillroom.data.jsontext import decode
 from stillroom.data.lines import TooLong, lines, open_regular
-from stillroom.data.loose_json import read_loosely
+from stillroom.data.loose_json import DEPTH, read_loosely
 from stillroom.data.reasons import DataWarning, Reason, Reject, Rejection, excerpt
 from stillroom.data.shapes import type_name
 from stillroom.errors import ConfigError, DataError
@@ -154,9 +155,9 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
             except Reject as error:
                 if error.reason in WHOLE_FILE:
                     raise
-                yield error.at(file, number)
+                yield error.at(records.name, number)
                 if error.reason is Reason.INVALID_JSON and isinstance(line, bytes):
-                    yield from _despite(line, file, number)
+                    yield from _despite(line, records.name, number)
                 continue
             yield example
             for reason, message in advice(example):
@@ -164,9 +165,9 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
         if number == 0:
             raise Reject(Reason.EMPTY_FILE, "holds no record")
     except Reject as error:
-        yield error.at(file, number if error.reason in CUTS else 0)
+        yield error.at(records.name, number if error.reason in CUTS else 0)
         if error.reason is Reason.NOT_JSON_LINES:
-            yield from _despite(_beginning(file), file, 0)
+            yield from _despite(_beginning(file), records.name, 0)
 
 
 class _Records:
@@ -174,7 +175,8 @@ class _Records:
 
     def __init__(self, file: Path, reading: _Reading) -> None:
         self.file, self.reading, self.format = file, reading, reading.format
-        self.name = str(file)
+        # A name of bytes that are not UTF-8 could not be written to any report.
+        self.name = str(file).encode("utf-8", "replace").decode()
         self.line_bytes = reading.line_bytes(self.format)
         self._parse: ToExample | None = None
         self._first = True
@@ -203,16 +205,18 @@ class _Records:
         self._parse = _parser(self.format, self.file, self.reading)
 
 
-def _despite(text: bytes, file: Path, number: int) -> Iterator[DataWarning]:
+def _despite(text: bytes, file: str, number: int) -> Iterator[DataWarning]:
     """Faults beyond the form of a record that is not JSON: the service's documentation shows one with three."""
     if b"bedrock-conver" not in text:
         return
     record = read_loosely(text.decode("utf-8", "replace").strip().removeprefix("["))
+    if record is None or not isinstance(record[0], dict):
+        return
     with contextlib.suppress(Reject):
-        if record is not None and isinstance(record[0], dict):
-            mended = {**record[0], "schemaVersion": bedrock.SCHEMA_VERSION}
-            for reason, message in advice(bedrock.to_example(mended, ReadLimits(), "", f"{file}:{number}")):
-                yield DataWarning(str(file), number, reason, message)
+        # Through JSON once more: only then are its values what every reader expects.
+        mended = decode(json.dumps({**record[0], "schemaVersion": bedrock.SCHEMA_VERSION}).encode(), depth=DEPTH)
+        for reason, message in advice(bedrock.to_example(mended, ReadLimits(), "", "")):
+            yield DataWarning(file, number, reason, message)
 
 
 def _beginning(file: Path) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from stillroom.errors import DataError
@@ -171,9 +170,9 @@ class Reject(DataError):
         self.reason = reason
         self.message = message
 
-    def at(self, file: Path | str, line: int) -> Rejection:
+    def at(self, file: str, line: int) -> Rejection:
         """The finding with its place."""
-        return Rejection(str(file), line, self.reason, self.message)
+        return Rejection(file, line, self.reason, self.message)
 
 
 def excerpt(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from stillroom.errors import ModelError
 from stillroom.models.gguf_file import GgufFile
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -100,6 +101,11 @@ def model_config(file: GgufFile) -> Any:
     )
     if arch not in ARCHITECTURES.values() or not plain or get("attention.sliding_window"):
         return None
+    missing = [
+        key for key in ("embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon") if not get(key)
+    ]
+    if missing:
+        raise ModelError(f"{file.path} lacks {arch}.{missing[0]}.\nhelp: it is damaged or unfinished; fetch it again.")
     heads = get("attention.head_count")
     config = AutoConfig.for_model(
         arch,

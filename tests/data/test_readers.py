@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,13 @@ def test_the_published_example_pasted_as_it_stands_is_diagnosed_beyond_its_quote
         reasons = [found.reason for found in read(write(name, text.encode())) if not isinstance(found, Example)]
         assert reasons[0] in ("not_json_lines", "invalid_json")
         assert {"undeclared_required_parameter", "ungrounded_argument"} <= set(reasons[1:])
+
+
+def test_diagnosing_a_broken_record_survives_what_only_its_repair_would_hold(write: Write) -> None:
+    tools = [{"toolSpec": {"name": "f\ud800", "inputSchema": {"json": {"maximum": 2**70, "minimum": 0.5}}}}]
+    broken = line(bedrock(toolConfig={"tools": tools})).strip() + b",\n"
+
+    assert [each.reason for each in read(write("a.jsonl", broken))] == ["invalid_json"]  # type: ignore[union-attr]
 
 
 def test_an_answer_from_the_prompt_draws_no_warning(write: Write) -> None:
@@ -413,6 +421,16 @@ def test_a_callers_mistakes_are_errors(tmp_path: Path) -> None:
         read(tmp_path, "bfcl", answers=tmp_path / "absent.json")
     with pytest.raises(ConfigError, match="unknown format"):
         read(tmp_path, "csv")
+
+
+def test_a_file_name_that_is_not_utf_8_can_be_reported(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xffd.jsonl"))
+    path.write_bytes(line(bedrock()) + b"{bad\n")
+
+    insights = check(path, out=tmp_path / "out")
+
+    assert (insights.accepted, insights.rejected) == (1, 1)
+    assert "invalid_json" in insights.to_text().encode().decode()
 
 
 def test_examples_are_plain_json_values(write: Write) -> None:

@@ -12,12 +12,15 @@ from stillroom.schema import Completion, GenerateParams, Message
 from tests.engines.questions import DOTTED, WEATHER, question, smollm2
 
 
-@pytest.fixture(scope="module")
-def model(tiny_student):
+@pytest.fixture(scope="module", params=["llama", "general"])
+def model(tiny_student, request):
+    """The same model by the decoder written out for its kind, and by its own code."""
     config = ModelConfig(
         engine="transformers", path=str(tiny_student), chat_template="chatml-tools", max_batch=8, device="cpu"
     )
-    with open_model(config) as opened:
+    with pytest.MonkeyPatch.context() as patch, open_model(config) as opened:
+        if request.param == "general":
+            patch.setattr("stillroom.engines.decoding.is_llama_like", lambda *_: False)
         yield opened
 
 
@@ -139,9 +142,59 @@ def test_a_cancelled_request_does_not_disturb_its_neighbours(model):
 def test_a_failing_computation_is_a_model_error(tiny_student, model):
     config = ModelConfig(engine="transformers", path=str(tiny_student), chat_template="chatml-tools", device="cpu")
     with open_model(config) as broken:
-        broken.loaded.model.forward = None
+        broken.loaded.model.model.layers[1].mlp = None
         with pytest.raises(ModelError, match="failed"):
             generate(broken, question("x"))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_other_llama_like_models_are_computed_as_by_their_own_code(kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from stillroom.engines.decoding import write_batch, write_stream
+    from stillroom.engines.jobs import Job
+    from stillroom.engines.llama import LlamaDecoder, is_llama_like
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=97, num_hidden_layers=3, head_dim=8, sliding_window=None, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # norms and biases too: at their first values they hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    assert is_llama_like(model, 100)
+
+    def jobs():
+        return [Job([3 + index] * (5 + 7 * index), max_tokens=4 + index) for index in range(9)]
+
+    ours, theirs = jobs(), jobs()
+    write_stream(LlamaDecoder(model, 4, 80), ours, frozenset({5}), lambda job: None, 4)
+    write_batch(model, theirs, frozenset({5}), lambda job: None)
+    assert [job.written for job in ours] == [job.written for job in theirs]
+
+
+def test_what_is_not_plainly_llama_like_is_left_to_its_own_code(tiny_student):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from stillroom.engines.llama import is_llama_like
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_student)
+    assert is_llama_like(model, 100)
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic"}
+    assert not is_llama_like(model, 100)
+    model = AutoModelForCausalLM.from_pretrained(tiny_student)
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    assert not is_llama_like(model, 100)
+
+
+def test_batches_hold_similar_lengths_within_their_budget():
+    from stillroom.engines.jobs import plan_batches
+
+    lengths = [5, 100, 7, 90, 300, 6]
+    batches = plan_batches(lengths, max_batch=3, batch_tokens=200)
+    assert sorted(index for batch in batches for index in batch) == list(range(6))
+    assert batches == [[4], [1, 3], [2, 5, 0]]
 
 
 @pytest.mark.slow
