@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Compiling every module of every package at once takes longer than compiling those that are used, when they are.
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: install demo test test-slow check format clean
 
@@ -11,9 +13,9 @@ install: $(READY)
 # torch first and by pip: its CPU build satisfies everything that follows.
 $(READY): pyproject.toml constraints.txt requirements-quickstart.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-quickstart.txt
+	$(PIP) torch==2.13.0
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps --requirement requirements-quickstart.txt
 	touch $(READY)
 
 demo: $(READY)

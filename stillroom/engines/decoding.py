@@ -162,8 +162,6 @@ class _RoomyLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
-    keys: Tensor
-    values: Tensor
     _used = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

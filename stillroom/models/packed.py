@@ -127,16 +127,12 @@ class _SwigluDown(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (gate, up), weight, products = gradients, ctx.saved_tensors, ctx.weight, ctx.products
-        narrow_g = products.operand(g)
-        half = torch.sigmoid(gate)
-        silu = gate * half
+        narrow_g, silu = products.operand(g), nn.functional.silu(gate)
         if weight.requires_grad:
             add_gradient(weight, narrow_g.T, products.operand(silu * up))
         da = (narrow_g @ products.weight(weight)).float()
-        dup = da * silu
-        # silu' = s (1 + gate (1 - s)) = s + silu (1 - s)
-        slope = silu.neg_().mul_(half).add_(half).addcmul_(gate, half)
-        return g, da.mul_(up).mul_(slope), dup, None, None
+        dup = silu.mul_(da)
+        return g, torch.ops.aten.silu_backward(da.mul_(up), gate), dup, None, None
 
 
 def _one_by_one(decoder: Any, packed: Packed, products: Products) -> Tensor:

@@ -56,7 +56,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     tokens_per_step: int = Field(default=2048, ge=1)
     """Token budget of one optimizer step, prompts included; a step has at least one sequence."""
 
-    row_tokens: int = Field(default=512, ge=1)
+    row_tokens: int = Field(default=1024, ge=1)
     """Token budget of one packed row, which bounds memory; a step is computed row by row."""
 
     max_sequence_tokens: int = Field(default=2048, ge=2)
