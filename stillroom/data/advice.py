@@ -27,6 +27,7 @@ ToolsFound = tuple[tuple[ToolSpec, ...], tuple[Finding, ...]]
 MOST_FINDINGS = 8
 MOST_STARTS = 8
 CACHED_TEXTS = 64
+LONG_TEXT_CHARS = 20_000
 STEM_CHARS = 4
 _START = re.compile(r"\[\s*+\{|\{\s*+[\"']")
 _WORD = re.compile(r"\w+")
@@ -122,17 +123,19 @@ def _found(messages: Sequence[Message]) -> ToolsFound:
     return (), ()
 
 
-_cache: OrderedDict[bytes, ToolsFound] = OrderedDict()
+_cache: OrderedDict[str | bytes, ToolsFound] = OrderedDict()
 
 
 def _tools_in_text(text: str) -> ToolsFound:
-    # System texts repeat through a data set, and reading tools out of them is slow; by digest, since they are long.
-    key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    if key not in _cache:
-        _cache[key] = _found_tools(text)
+    # System texts repeat through a data set, and reading tools out of them is slow. Long ones go by digest, to
+    # bound what is held.
+    key = text if len(text) <= LONG_TEXT_CHARS else hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest()
+    found = _cache.get(key)
+    if found is None:
+        found = _cache[key] = _found_tools(text)
         if len(_cache) > CACHED_TEXTS:
             _cache.popitem(last=False)
-    return _cache[key]
+    return found
 
 
 def _found_tools(text: str) -> ToolsFound:

@@ -15,7 +15,7 @@ from stillroom.data.answers import example_of
 from stillroom.data.config import ReadLimits
 from stillroom.data.reasons import Reason, Reject, excerpt
 from stillroom.data.shapes import a_list, a_mapping, a_string, no_others, parsed_tools, type_name
-from stillroom.schema import Example, Message, ToolCall, ToolSpec
+from stillroom.schema import Example, Message, Role, ToolCall, ToolSpec
 
 SCHEMA_VERSION = "bedrock-conversation-2024"
 RECORD = frozenset({"schemaVersion", "system", "messages", "toolConfig"})
@@ -34,8 +34,10 @@ def to_example(record: Mapping[str, Any], limits: ReadLimits, category: str, sou
     version = record.get("schemaVersion")
     if version != SCHEMA_VERSION:
         raise Reject(Reason.WRONG_SCHEMA_VERSION, _version_message(version))
-    no_others(record, RECORD)
-    messages = system(record.get("system"), strict=True) + conversation(a_list(record, "messages"), strict=True)
+    messages = _plain(record)
+    if messages is None:
+        no_others(record, RECORD)
+        messages = system(record.get("system"), strict=True) + conversation(a_list(record, "messages"), strict=True)
     if not limits.multi_turn and sum(message.role == "user" for message in messages) > 1:
         raise Reject(Reason.MULTI_TURN, "has more than one user message; the student takes one")
     return example_of(messages, tools(record.get("toolConfig")), category, source, origin="golden")
@@ -45,8 +47,6 @@ def system(value: Any, *, strict: bool) -> tuple[Message, ...]:
     """The system prompt of a record or a Converse request; several blocks are joined unless `strict`."""
     if value is None or value == []:
         return ()
-    if (text := _plain_text(value)) is not None:
-        return (Message("system", text),)
     if not isinstance(value, list):
         raise Reject(Reason.WRONG_TYPE, f"system must be a list of one text block, not {type_name(value)}")
     if strict and len(value) > 1:
@@ -76,9 +76,6 @@ def conversation(items: list[Any], *, strict: bool) -> tuple[Message, ...]:
         raise Reject(Reason.NO_MESSAGES, "messages is empty")
     messages: list[Message] = []
     for position, item in enumerate(items):
-        if plain := _plain_turn(item, position):
-            messages.append(plain)
-            continue
         where = f"messages[{position}]"
         entry = a_mapping(item, where)
         role = a_string(entry, "role", where)
@@ -92,13 +89,27 @@ def conversation(items: list[Any], *, strict: bool) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _plain_turn(item: Any, position: int) -> Message | None:
-    """The message of a turn that is nothing but one text, as nearly all are; anything else takes the long way."""
-    role = "assistant" if position % 2 else "user"
-    if type(item) is dict and len(item) == 2 and item.get("role") == role:
+def _plain(record: Mapping[str, Any]) -> tuple[Message, ...] | None:
+    """The messages of a record that is nothing but texts, as nearly all are; any other takes the long way."""
+    turns = record.get("messages")
+    if type(turns) is not list or not turns or len(record) != (3 if "system" in record else 2):
+        return None
+    messages = []
+    if "system" in record:
+        text = _plain_text(record["system"])
+        if text is None:
+            return None
+        messages.append(Message("system", text))
+    role: Role = "user"
+    for item in turns:
+        if type(item) is not dict or len(item) != 2 or item.get("role") != role:
+            return None
         text = _plain_text(item.get("content"))
-        return Message(role, text) if text is not None else None  # type: ignore[arg-type]
-    return None
+        if text is None:
+            return None
+        messages.append(Message(role, text))
+        role = "assistant" if role == "user" else "user"
+    return tuple(messages)
 
 
 def _plain_text(content: Any) -> str | None:

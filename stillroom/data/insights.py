@@ -18,7 +18,7 @@ from typing import IO, Any
 from stillroom.data.answers import prompt_key
 from stillroom.data.config import ReadLimits
 from stillroom.data.digests import DigestSet
-from stillroom.data.reader import Finding, read
+from stillroom.data.reader import read
 from stillroom.data.reasons import DataWarning, Reason, Rejection
 from stillroom.schema import Example
 from stillroom.storage import write_atomic
@@ -120,18 +120,14 @@ def check(
     """
     insights = Insights(tuple(str(path) for path in paths), minimum)
     insights.listed_in = str(Path(out, "rejected.jsonl")) if out is not None else None
-    prompts = DigestSet()
+    taking = _Taking(insights)
     with _listing(insights.listed_in) as listing, progress("checking", unit="records") as bar:
         for path in paths:
-            unwarned = ""  # the accepted record that the next warnings are about, until it is counted
-            for finding in _unrepeated(read(path, format, where=where, limits=limits, model=model), prompts):
+            for finding in read(path, format, where=where, limits=limits, model=model):
                 if isinstance(finding, Example):
-                    _accept(insights, finding)
-                    unwarned = finding.source
-                else:
-                    _note(insights, finding, listing)
-                    if isinstance(finding, DataWarning) and f"{finding.file}:{finding.line}" == unwarned:
-                        insights.warned, unwarned = insights.warned + 1, ""
+                    finding = taking.example(finding) or finding
+                if not isinstance(finding, Example):
+                    taking.fault(finding, listing)
                 if (insights.accepted + insights.rejected) % 500 == 0:
                     bar.advance(insights.accepted + insights.rejected - bar.done)
         bar.advance(insights.accepted + insights.rejected - bar.done, rejected=insights.rejected)
@@ -140,40 +136,48 @@ def check(
     return insights
 
 
-def _unrepeated(findings: Iterator[Finding], prompts: DigestSet) -> Iterator[Finding]:
-    """Turn every example whose prompt came before into a rejection, and leave out the warnings about it."""
-    repeated_source = ""
-    for finding in findings:
-        if isinstance(finding, Example):
-            if not prompts.add(prompt_key(finding)):
-                repeated_source = finding.source
-                file, _, line = finding.source.rpartition(":")
-                message = "the same prompt with the same tools came before"
-                yield Rejection(file, int(line), Reason.DUPLICATE_PROMPT, message)
-                continue
-        elif isinstance(finding, DataWarning) and f"{finding.file}:{finding.line}" == repeated_source:
-            continue
-        yield finding
+class _Taking:
+    """Counts findings as they come; knows which prompts came before, and what the last example was."""
 
+    def __init__(self, insights: Insights) -> None:
+        self._insights = insights
+        self._prompts = DigestSet()
+        self._repeated = ""  # where the last repeat stands: warnings about it are left out
+        self._unwarned = ""  # the accepted record that the next warnings are about, until it is counted
 
-def _accept(insights: Insights, example: Example) -> None:
-    insights.accepted += 1
-    insights.labelled += bool(example.targets)
-    insights.by_category[example.category] += 1
-    _count_file(insights, example.source.rpartition(":")[0], 0)
+    def example(self, example: Example) -> Rejection | None:
+        """Accept an example, or say that it repeats an earlier one."""
+        file, _, line = example.source.rpartition(":")
+        if not self._prompts.add(prompt_key(example)):
+            self._repeated = example.source
+            message = "the same prompt with the same tools came before"
+            return Rejection(file, int(line), Reason.DUPLICATE_PROMPT, message)
+        insights = self._insights
+        insights.accepted += 1
+        insights.labelled += bool(example.targets)
+        insights.by_category[example.category] += 1
+        _count_file(insights, file, 0)
+        self._unwarned = example.source
+        return None
 
-
-def _note(insights: Insights, finding: Rejection | DataWarning, listing: IO[str] | None) -> None:
-    """Count, keep and list one finding."""
-    insights.by_reason[finding.reason] += 1
-    kept = insights.samples.setdefault(finding.reason, [])
-    if len(kept) < KEPT_PER_REASON:
-        kept.append(finding)
-    if listing is not None:
-        listing.write(json.dumps(finding.to_dict()) + "\n")
-    if isinstance(finding, Rejection):
-        insights.rejected += 1
-        _count_file(insights, finding.file, 1)
+    def fault(self, finding: Rejection | DataWarning, listing: IO[str] | None) -> None:
+        """Count, keep and list a rejection or warning."""
+        insights = self._insights
+        if isinstance(finding, Rejection):
+            insights.rejected += 1
+            _count_file(insights, finding.file, 1)
+        else:
+            place = f"{finding.file}:{finding.line}"
+            if place == self._repeated:
+                return
+            if place == self._unwarned:
+                insights.warned, self._unwarned = insights.warned + 1, ""
+        insights.by_reason[finding.reason] += 1
+        kept = insights.samples.setdefault(finding.reason, [])
+        if len(kept) < KEPT_PER_REASON:
+            kept.append(finding)
+        if listing is not None:
+            listing.write(json.dumps(finding.to_dict()) + "\n")
 
 
 def _count_file(insights: Insights, file: str, side: int) -> None:

@@ -184,8 +184,12 @@ class _Records:
     def example(self, number: int, line: bytes | TooLong) -> Example:
         """Raises Reject: the line, the record, or the whole file cannot be used."""
         first, self._first = self._first, False
-        limits = self.reading.limits
-        record = _decoded(line, first=first, depth=limits.depth, line_bytes=self.line_bytes)
+        if isinstance(line, TooLong):
+            raise Reject(Reason.LINE_TOO_LONG, f"has {line.size} bytes; {self.line_bytes} are allowed")
+        depth = self.reading.limits.depth
+        record = _first_record(line, depth) if first else decode(line, depth=depth)
+        if type(record) is not dict:
+            raise Reject(Reason.NOT_AN_OBJECT, f"is {type_name(record)}")
         if self._parse is None:
             self._settle(record)
             assert self._parse is not None
@@ -224,21 +228,18 @@ def _beginning(file: Path) -> bytes:
         return opened.read(LINE_BYTES["bedrock"])
 
 
-def _decoded(line: bytes | TooLong, *, first: bool, depth: int, line_bytes: int) -> dict[str, Any]:
-    if isinstance(line, TooLong):
-        raise Reject(Reason.LINE_TOO_LONG, f"has {line.size} bytes; {line_bytes} are allowed")
-    if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+def _first_record(line: bytes, depth: int) -> Any:
+    """The value of a file's first line, where it shows if the file is no JSON lines at all."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise Reject(Reason.INVALID_UTF8, "is UTF-16 text")
     try:
         value = decode(line, depth=depth)
     except Reject as error:
-        if first and error.reason is Reason.INVALID_JSON and line.rstrip(b" \t,") in (b"[", b"{", b"[{"):
+        if error.reason is Reason.INVALID_JSON and line.rstrip(b" \t,") in (b"[", b"{", b"[{"):
             raise Reject(Reason.NOT_JSON_LINES, "is one JSON document over several lines") from None
         raise
-    if first and isinstance(value, list) and value and isinstance(value[0], dict):
+    if isinstance(value, list) and value and isinstance(value[0], dict):
         raise Reject(Reason.NOT_JSON_LINES, "is one JSON list; records must stand on lines of their own")
-    if not isinstance(value, dict):
-        raise Reject(Reason.NOT_AN_OBJECT, f"is {type_name(value)}")
     return value
 
 

@@ -4,8 +4,9 @@ The text is GBNF, llama.cpp's notation; llguidance reads the same text (`llguida
 and turns it into a token mask for a Hugging Face tokenizer. It admits what `render_calls` writes: parameters in
 their declared order, required ones always, optional ones or not, enums as literals, one space after "," and ":".
 
-Promise: every text that it admits is read by `parse_calls` and passes `validate_calls`; every rendered valid
-call is admitted, except for numbers of more than 18 digits. Size and time are linear in the specification.
+Promise: every text that it admits is read by `parse_calls` and passes `validate_calls`, unless it repeats a key
+in an object that declares none, which no grammar can forbid; every rendered valid call is admitted, except for
+numbers of more than 18 digits. Size and time are linear in the specification.
 
 llguidance splits text into lexemes by the longest match and never goes back, so two lexemes that may start at one
 place must not be such that one is a beginning of the other: a comma is therefore written together with the key after

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stillroom.errors import DataError
 from stillroom.schema import ToolCall, ToolSpec
-from stillroom.toolcalls import grammar, parse_calls, read_tools, render_calls, validate_calls
+from stillroom.toolcalls import CallParseError, grammar, parse_calls, read_tools, render_calls, validate_calls
 from tests.toolcalls.strategies import arguments_of, fuzz_count, tool_lists
 
 llguidance = pytest.importorskip("llguidance")
@@ -143,10 +143,16 @@ def walk(tokenizer, text, draw, most=400):
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_admitted_text_is_a_valid_call(byte_tokenizer, dialect, tools, seed):
     written = walk(byte_tokenizer, grammar(tools, dialect), random.Random(seed))
-    if written is not None:
+    if written is None:
+        return
+    try:
         calls = parse_calls(written.decode(), dialect)
-        assert len(calls) == 1
-        assert validate_calls(calls, tools) == []
+    except CallParseError as error:
+        if error.kind != "duplicate":  # a grammar cannot forbid that an object without declared keys repeats one
+            raise
+        return
+    assert len(calls) == 1
+    assert validate_calls(calls, tools) == []
 
 
 def test_several_calls_only_where_asked_for(byte_tokenizer):
