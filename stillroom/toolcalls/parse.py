@@ -24,7 +24,7 @@ from stillroom.toolcalls.literals import NAME, CallParseError, Scanner
 CALL_DIALECTS: Final = ("auto", "python", "json", "hermes", "llama")
 
 _PYTHON_TAG = "<|python_tag|>"
-_FUNCTION_TAG = re.compile(r"<function=([^<>\s]{1,256})>")
+_FUNCTION_TAG = re.compile(r"<function=([^<>\s\ud800-\udfff]{1,256})>")
 _FENCE = re.compile(r"```[\w+-]*+[ \t]*+\n?")
 _OBJECT = r"\{[ \t\r\n]*+[\"'](?:name|function|type)[\"']"
 # Where calls may start inside prose: a list of them anywhere, a bare one or an object only at a line's start. A

@@ -136,6 +136,7 @@ def test_tags_and_fences_inside_a_string_mean_nothing():
         ("[f(a=['x' 'y'])]", "syntax"),
         ("[f(a='\\ud800')]", "syntax"),
         ("[f(a='\ud800')]", "syntax"),
+        ("<function=\ud800>{}</function>", "no_call"),
         ("[f(a=1), 3]", "syntax"),
         ('{"name": "f", "arguments": [1]}', "syntax"),
         ('{"name": "f", "arguments": "{\\"a\\": x}"}', "bare_name"),
