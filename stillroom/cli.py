@@ -89,26 +89,38 @@ def evaluate(
         str, typer.Argument(help="A student's folder, a GGUF file, a hub id, or an http(s) URL ending in /v1.")
     ],
     data: Annotated[
-        Path, typer.Argument(help="Labelled records: a file or folder in any format that `data check` reads.")
+        Path,
+        typer.Argument(
+            help="Labelled records, a file or folder in any format that `data check` reads; or the folder of a "
+            "finished run (runs/NAME): its held-out items, by its rules."
+        ),
     ],
-    task: Annotated[str, typer.Option(help="function_calling, classification or text.")] = "function_calling",
+    task: Annotated[
+        str | None, typer.Option(help="function_calling, classification or text [default: the run's, or the first].")
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="transformers, llama.cpp or openai [default: by the model].")
     ] = None,
     model_id: Annotated[str | None, typer.Option("--model-id", help="The model's id at a URL.")] = None,
     limit: Annotated[int | None, typer.Option(help="Measure only this many items, chosen by content.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Cap on one answer, in tokens.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Cap on one answer, in tokens [default: the run's, or 256].")
+    ] = None,
     chat_template: Annotated[str | None, typer.Option(help="Template used in place of the model's own.")] = None,
+    input_price: Annotated[float, typer.Option(help="USD per million input tokens.")] = 0.0,
+    output_price: Annotated[float, typer.Option(help="USD per million output tokens.")] = 0.0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write every item's verdict to this JSON file.")
     ] = None,
 ) -> None:
     """Measure one model on labelled records: accuracy with intervals, failure kinds, latency."""
     from stillroom import pipeline
+    from stillroom.engines import Price
 
+    price = Price(input_per_million=input_price, output_per_million=output_price)
     found = pipeline.evaluate_model(
         model, data, task=task, engine=engine, model_id=model_id, limit=limit, max_tokens=max_tokens,
-        chat_template=chat_template, out=out,
+        chat_template=chat_template, price=price, out=out,
     )  # fmt: skip
     print(found.pop("text"))
     print(json.dumps(found))

@@ -85,13 +85,19 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class GenerateParams:
-    """How to answer. Temperature 0 is greedy. `constrain` restricts the answer to valid calls of the given tools."""
+    """How to answer. Temperature 0 is greedy.
+
+    Attributes:
+        constrain: restrict the answer to valid calls of the given tools.
+        calls_first: only an answer that begins with calls is of use, so an engine may end one that begins with words.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     constrain: bool = False
+    calls_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from typing import Any
 import orjson
 
 from stillroom.data.reasons import Reason, Reject
+from stillroom.errors import DataError
 from stillroom.schema import Example, Message, Origin, Target, ToolSpec
+from stillroom.toolcalls import expected_from
 
 ID_BYTES = 16
 
@@ -43,7 +45,7 @@ def example_of(
         raise Reject(Reason.NO_PROMPT, "has no message of the role user to answer")
     identity = identity or PromptId(_digest(prompt, tools).hex())
     targets = (Target(answer, origin, model),) if answer is not None else ()
-    expected = _expected(answer) if answer is not None and origin == "golden" else None
+    expected = expected_answer(answer, tools) if answer is not None and origin == "golden" else None
     return Example(identity, prompt, tools, targets, expected, category, None, source, (), metadata or {})
 
 
@@ -72,7 +74,14 @@ def _digest(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> bytes:
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=ID_BYTES).digest()
 
 
-def _expected(answer: Message) -> Any:
+def expected_answer(answer: Message, tools: Sequence[ToolSpec]) -> Any:
+    """What scoring accepts, given an answer known to be right: its calls, or its text.
+
+    None where it calls a tool that was not offered: such a record can be learnt from, and not be scored.
+    """
     if not answer.tool_calls:
         return answer.content
-    return [{call.name: {name: [value] for name, value in call.arguments.items()}} for call in answer.tool_calls]
+    try:
+        return expected_from(answer.tool_calls, tools)
+    except DataError:
+        return None

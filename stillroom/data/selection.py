@@ -126,8 +126,14 @@ class _Intake:
                 self._reject(finding, count)
 
     def items(self) -> list[Item]:
-        """One item per prompt: repeats joined, whatever order they came in."""
-        return [_join(key, found) for key, found in sorted(self._found.items())]
+        """One item per prompt: repeats joined, whatever order they came in.
+
+        Where some records say what is right, only those may be held out; where none does, scoring is left to a judge.
+        """
+        items = [_join(key, found) for key, found in sorted(self._found.items())]
+        if all(item.example.expected is None for item in items):
+            return items
+        return [replace(item, may_evaluate=item.may_evaluate and item.example.expected is not None) for item in items]
 
     def _take_example(self, example: Example, count: _SourceCount) -> None:
         if self._most is not None and self._count is not None:

@@ -59,13 +59,14 @@ def write_stream(
     decoder: LlamaDecoder, jobs: Sequence[Job], end_ids: frozenset[int], finished: Callable[[Job], None], rows: int
 ) -> None:
     """Keep up to `rows` answers under way until all are written; longest prompts first."""
+    decoder.share(_common_beginning([job.prompt for job in jobs]))
     waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
     writing: list[Job] = []  # by row of the decoder
     enough = max(1, rows // 4)  # free rows worth a prefill: each one costs a pass over all weights
     while waiting or writing:
         free = rows - len(writing)
         if waiting and free >= min(enough, len(waiting)):
-            group = _next_group(waiting, free)
+            group = _next_group(waiting, free, decoder.shared)
             logits_BV = decoder.prefill([job.prompt for job in group])
             first, writing = len(writing), [*writing, *group]
         else:
@@ -80,14 +81,23 @@ def write_stream(
                 writing.pop()
 
 
-def _next_group(waiting: deque[Job], free: int) -> list[Job]:
+def _next_group(waiting: deque[Job], free: int, shared: int) -> list[Job]:
     group, tokens = [waiting.popleft()], 0
     while waiting and len(group) < free:
-        tokens += len(group[-1].prompt)
-        if tokens + len(waiting[0].prompt) > PREFILL_TOKENS:
+        tokens += len(group[-1].prompt) - shared
+        if tokens + len(waiting[0].prompt) - shared > PREFILL_TOKENS:
             break
         group.append(waiting.popleft())
     return group
+
+
+def _common_beginning(prompts: Sequence[list[int]]) -> list[int]:
+    """What all prompts begin with (the instruction, examples), leaving each at least its last token; often nothing."""
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)
+    most = min(len(prompt) for prompt in prompts) - 1
+    return first[: next((i for i in range(most) if first[i] != last[i]), most)]
 
 
 @torch.inference_mode()

@@ -49,7 +49,7 @@ class LlamaDecoder:
     """
 
     def __init__(self, model: Any, rows: int, positions: int) -> None:
-        self.core, self.head, self.active = model.model, model.get_output_embeddings(), 0
+        self.core, self.head, self.active, self.shared = model.model, model.get_output_embeddings(), 0, 0
         weight = self.core.embed_tokens.weight
         attention = self.core.layers[0].self_attn
         self.size, self.scale = attention.head_dim, attention.scaling
@@ -63,20 +63,29 @@ class LlamaDecoder:
         cos, sin = self.core.rotary_emb(weight[:1, None], where[None])
         self.cos_LE, self.sin_LE = cos[0], sin[0]
 
+    def share(self, beginning: list[int]) -> None:
+        """Read what every prompt begins with, once, while no row is active; `prefill` computes what follows it."""
+        if not beginning:
+            return
+        self.prefill([beginning])
+        self.active, self.shared = 0, len(beginning)
+        for cache in (self.keys, self.values):
+            cache[:, 1:, :, : self.shared] = cache[:, :1, :, : self.shared]
+
     def prefill(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Read prompts into the next free rows; the logits after each, [n, V]."""
-        device = self.lengths_N.device
-        sizes = [len(prompt) for prompt in prompts]
+        """Read prompts, longer than what they share, into the next free rows; the logits after each, [n, V]."""
+        device, begin = self.lengths_N.device, self.shared
+        sizes = [len(prompt) - begin for prompt in prompts]
         ends = torch.tensor(sizes, device=device).cumsum(0)
-        ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        positions_T = torch.cat([torch.arange(size, device=device) for size in sizes])
+        ids_T = torch.tensor([token for prompt in prompts for token in prompt[begin:]], device=device)
+        positions_T = torch.cat([torch.arange(begin, begin + size, device=device) for size in sizes])
         rotation = self.cos_LE[positions_T, None], self.sin_LE[positions_T, None]
         x_TD = self.core.embed_tokens.weight[ids_T]
         *others, last = self.core.layers
         for index, layer in enumerate(others):
             x_TD = self._read(index, layer, x_TD, rotation, sizes, None)
         x_ND = self._read(len(others), last, x_TD, rotation, sizes, ends - 1)
-        self.lengths_N[self.active : self.active + len(sizes)] = torch.tensor(sizes, device=device)
+        self.lengths_N[self.active : self.active + len(sizes)] = torch.tensor(sizes, device=device) + begin
         self.active += len(sizes)
         return functional.linear(_norm(x_ND, self.core.norm), self.head.weight, self.head.bias)
 
@@ -123,11 +132,17 @@ class LlamaDecoder:
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         out, start = torch.empty_like(q), 0
         for row, size in enumerate(sizes, start=self.active):
-            part = slice(start, start + size)
-            q_HTE, k_KTE, v_KTE = (each[part].transpose(0, 1) for each in (q, k, v))
-            self.keys[index, row, :, :size], self.values[index, row, :, :size] = k_KTE, v_KTE
+            part, end = slice(start, start + size), self.shared + size
+            self.keys[index, row, :, self.shared : end] = k[part].transpose(0, 1)
+            self.values[index, row, :, self.shared : end] = v[part].transpose(0, 1)
             attended = functional.scaled_dot_product_attention(
-                q_HTE[None], k_KTE[None], v_KTE[None], is_causal=True, scale=self.scale, enable_gqa=True
+                q[part].transpose(0, 1)[None],
+                self.keys[index, row, None, :, :end],
+                self.values[index, row, None, :, :end],
+                attn_mask=self._after_shared(size) if self.shared else None,
+                is_causal=not self.shared,
+                scale=self.scale,
+                enable_gqa=True,
             )
             out[part] = attended[0].transpose(0, 1)
             start += size
@@ -138,6 +153,11 @@ class LlamaDecoder:
         h_TD = _norm(x_TD, layer.post_attention_layernorm)
         gate = functional.silu(_linear(mlp.gate_proj, h_TD)).mul_(_linear(mlp.up_proj, h_TD))
         return x_TD + _linear(mlp.down_proj, gate)
+
+    def _after_shared(self, size: int) -> Tensor:
+        """Which keys each of `size` tokens after the shared beginning sees, [size, shared + size]."""
+        seen = torch.ones(size, self.shared + size, dtype=torch.bool, device=self.lengths_N.device)
+        return seen.tril_(self.shared)
 
     def _step(
         self, index: int, layer: Any, x_DN: Tensor, rotation: tuple[Tensor, Tensor], at_N: Tensor, mask_NL: Tensor

@@ -26,8 +26,10 @@ from stillroom.engines.prompts import PYTHON_PROMPT, with_python_tools
 from stillroom.errors import ConfigError, ModelError, ModelRefused
 from stillroom.models import Loaded, encode_prompt, load, pick_precision
 from stillroom.schema import Completion, GenerateParams, Message, ToolSpec, digest
+from stillroom.toolcalls import may_begin_calls
 
 ALONE_S = 0.002  # how long the first request waits for a second one
+BEGINNING = 24  # tokens in which an answer shows whether it begins with words
 GATHER_S = 0.05  # where there are several: how long for another, whose prompt is being made meanwhile
 
 
@@ -117,7 +119,7 @@ class TransformersModel(Engine):
                 f"{params.max_tokens:,}.\nhelp: shorten the prompt, or lower max_tokens."
             )
         matcher = self._grammar(tools) if params.constrain and tools else None
-        stop = self._stopper(params.stop) if params.stop else None
+        stop = self._stopper(params) if params.stop or params.calls_first else None
         return Job(prompt, params.max_tokens, params.temperature, params.seed, matcher, stop)
 
     def _grammar(self, tools: Sequence[ToolSpec]) -> Any:
@@ -128,10 +130,13 @@ class TransformersModel(Engine):
             self._grammars = CallGrammars(self.loaded.tokenizer, width, sorted(self._end_ids))
         return self._grammars.matcher(tools)
 
-    def _stopper(self, stops: tuple[str, ...]) -> Callable[[list[int]], bool]:
+    def _stopper(self, params: GenerateParams) -> Callable[[list[int]], bool]:
+        """Says whether an answer is over: at a stop string, or where words come first and only calls are of use."""
+
         def stopped(written: list[int]) -> bool:
-            text = self._text(written)
-            return any(stop in text for stop in stops)
+            if params.calls_first and len(written) <= BEGINNING and not may_begin_calls(self._text(written)):
+                return True
+            return bool(params.stop) and any(stop in self._text(written) for stop in params.stop)
 
         return stopped
 

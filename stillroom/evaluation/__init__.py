@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stillroom.evaluation.comparing import Comparison, compare, gap_closed
     from stillroom.evaluation.config import EvalConfig, JudgeConfig
     from stillroom.evaluation.few_shot import choose_shots
-    from stillroom.evaluation.latency import Speed, measure_speed
+    from stillroom.evaluation.latency import Speed, measure_speed, speed_of_answers
     from stillroom.evaluation.measuring import answer_cap, evaluate, evaluation_requests
     from stillroom.evaluation.report import write_report
     from stillroom.evaluation.report_data import (
@@ -69,6 +69,7 @@ _WHERE = {
     "gap_closed": "comparing",
     "measure_speed": "latency",
     "prompt_views": "report_data",
+    "speed_of_answers": "latency",
     "write_card": "cards",
     "write_report": "report",
 }
@@ -102,6 +103,7 @@ __all__ = [
     "gap_closed",
     "measure_speed",
     "prompt_views",
+    "speed_of_answers",
     "write_card",
     "write_report",
 ]

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from stillroom.engines.config import ModelConfig
+
 Task = Literal["function_calling", "classification", "text"]
 
 DEFAULT_RUBRIC = """Score the answer from 1 to 5.
@@ -16,6 +18,9 @@ Judge what is said, not how long it is: more words never earn a higher score."""
 
 class JudgeConfig(BaseModel, frozen=True, extra="forbid"):
     """How a judge, which is any chat model, scores free text."""
+
+    model: ModelConfig | None = None
+    """Who judges; None scores by ROUGE-L alone. Its answers are cached as the teacher's are."""
 
     rubric: str = Field(default=DEFAULT_RUBRIC, min_length=1)
     """What each score from 1 to 5 means."""
@@ -40,10 +45,14 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid"):
     """Classification: the labels that exist; empty takes those of the items."""
 
     judge: JudgeConfig = JudgeConfig()
-    """Free text: how the judge scores, where one is given."""
+    """Free text: who judges, and how."""
 
     answer_cap_ratio: float = Field(default=1.5, gt=0)
     """Answers are cut at this many times the longest training answer, in tokens, for every model alike."""
+
+    calls_first: bool = False
+    """Function calling: a call counts only where it begins the answer, as in BFCL's own scoring; by default words
+    before it are passed over. An answer that begins with words is then not written to its end: much time is spared."""
 
     best: bool = True
     """Measure each model a second time at its best: with few-shot examples, and calls constrained to the schema."""

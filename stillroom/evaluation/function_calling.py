@@ -13,7 +13,7 @@ from stillroom.errors import DataError, ParseError
 from stillroom.evaluation.results import ItemResult
 from stillroom.evaluation.scoring import CUT_OFF, Verdict
 from stillroom.schema import Completion, Example, ToolCall, to_dict
-from stillroom.toolcalls import golden_call, match, parse_calls, validate_calls
+from stillroom.toolcalls import CallParseError, golden_call, match, may_begin_calls, parse_calls, validate_calls
 
 NO_CALL = "no_call"
 """Failure kind: the answer is prose where a call was wanted."""
@@ -23,7 +23,14 @@ UNPARSEABLE = "unparseable"
 
 
 class FunctionCalling:
-    """BFCL's semantics: function, required parameters, types and values; see `toolcalls.match`."""
+    """BFCL's semantics: function, required parameters, types and values; see `toolcalls.match`.
+
+    Args:
+        calls_first: words before a call make the answer wrong, as in BFCL's own scoring.
+    """
+
+    def __init__(self, calls_first: bool = False) -> None:
+        self._calls_first = calls_first
 
     def check(self, examples: Sequence[Example]) -> None:
         """Every example must say what is expected, in terms of its own tools."""
@@ -41,16 +48,17 @@ class FunctionCalling:
 
     def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict per answer, in order."""
-        return [_verdict(example, completion) for example, completion in zip(examples, completions, strict=True)]
+        pairs = zip(examples, completions, strict=True)
+        return [_verdict(example, completion, self._calls_first) for example, completion in pairs]
 
     def extra(self, items: Sequence[ItemResult]) -> dict[str, Any]:
         """How many answers held a readable call."""
         return {"readable": sum(item.kind not in (NO_CALL, UNPARSEABLE, CUT_OFF) for item in items)}
 
 
-def _verdict(example: Example, completion: Completion) -> Verdict:
+def _verdict(example: Example, completion: Completion, calls_first: bool) -> Verdict:
     try:
-        calls: tuple[ToolCall, ...] | None = read_calls(completion)
+        calls: tuple[ToolCall, ...] | None = read_calls(completion, calls_first)
         unread = ""
     except ParseError as error:
         calls, unread = None, str(error)
@@ -68,10 +76,14 @@ def _verdict(example: Example, completion: Completion) -> Verdict:
     return Verdict(False, 0.0, found.kind, found.detail, found.path, valid=valid, calls=plain)
 
 
-def read_calls(completion: Completion) -> tuple[ToolCall, ...]:
+def read_calls(completion: Completion, calls_first: bool = False) -> tuple[ToolCall, ...]:
     """The calls of an answer: the engine's own, or those written in its text, in whatever dialect.
 
     Raises:
-        ParseError: there is no call to read.
+        ParseError: there is no call to read, or with `calls_first` not where the answer begins.
     """
-    return completion.message.tool_calls or parse_calls(completion.message.content)
+    if completion.message.tool_calls:
+        return completion.message.tool_calls
+    if calls_first and not may_begin_calls(completion.message.content):
+        raise CallParseError("the answer begins with words, so no call in it counts", 0, NO_CALL)
+    return parse_calls(completion.message.content)

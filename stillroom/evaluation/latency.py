@@ -19,6 +19,7 @@ from stillroom import telemetry
 from stillroom.engines.asking import run_async
 from stillroom.errors import ConfigError, NotEnoughData
 from stillroom.evaluation.config import EvalConfig
+from stillroom.evaluation.results import Result
 from stillroom.evaluation.statistics import Interval, median_interval, percentile
 from stillroom.schema import ChatModel, Example, GenerateParams
 
@@ -103,18 +104,41 @@ async def _measure(
                 inputs += completion.input_tokens
                 outputs += completion.output_tokens
             bar.advance()
+    speed = _summary(seconds, inputs, outputs, config.confidence)
+    return speed.model_copy(
+        update={
+            "first_token_s": percentile(first_seconds, 0.5) if first_seconds else None,
+            "first_token_calls": len(first_seconds),
+            "memory_bytes": process_memory_bytes() if in_process else None,
+        }
+    )
+
+
+def speed_of_answers(result: Result) -> Speed | None:
+    """Latency as the answers of an evaluation had it, at no further cost; None where fewer than 30 say theirs.
+
+    For an endpoint, whose requests do not share one computer with each other as far as its user can see.
+    """
+    timed = [item for item in result.items if item.latency_s is not None]
+    if len(timed) < LEAST_CALLS:
+        return None
+    tokens = sum(item.input_tokens for item in timed), sum(item.output_tokens for item in timed)
+    return _summary([item.latency_s for item in timed if item.latency_s is not None], *tokens, result.confidence)
+
+
+def _summary(seconds: list[float], inputs: int, outputs: int, confidence: float) -> Speed:
+    calls = len(seconds)
     return Speed(
         calls=calls,
         latencies_s=tuple(seconds),
-        p50=median_interval(seconds, confidence=config.confidence),
+        p50=median_interval(seconds, confidence=confidence),
         p95_s=percentile(seconds, 0.95),
         p99_s=percentile(seconds, 0.99) if calls >= LEAST_CALLS_P99 else None,
         output_tokens_per_s=outputs / sum(seconds) if sum(seconds) else 0.0,
-        first_token_s=percentile(first_seconds, 0.5) if first_seconds else None,
-        first_token_calls=len(first_seconds),
+        first_token_s=None,
+        first_token_calls=0,
         mean_input_tokens=inputs / calls,
         mean_output_tokens=outputs / calls,
-        memory_bytes=process_memory_bytes() if in_process else None,
     )
 
 

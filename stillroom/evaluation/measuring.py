@@ -115,8 +115,13 @@ def evaluation_requests(
     shots: Sequence[Example] = (),
 ) -> list[Request]:
     """The questions that `evaluate` asks, one per example: what must be recorded for a recorded teacher to answer."""
-    constrain = best and config.constrain and config.task == "function_calling"
-    params = GenerateParams(max_tokens=max_tokens, seed=config.seed, constrain=constrain)
+    calls = config.task == "function_calling"
+    params = GenerateParams(
+        max_tokens=max_tokens,
+        seed=config.seed,
+        constrain=calls and best and config.constrain,
+        calls_first=calls and config.calls_first,
+    )
     shown = tuple(shots) if best else ()
     return [Request(with_shots(example.messages, shown, config.task), example.tools, params) for example in examples]
 
@@ -175,6 +180,7 @@ def _item(example: Example, completion: Completion, verdict: Verdict) -> ItemRes
         output_tokens=completion.output_tokens,
         finish_reason=completion.finish_reason,
         cost_usd=completion.cost_usd + verdict.cost_usd,
+        latency_s=completion.latency_s,
     )
 
 

@@ -28,6 +28,7 @@ class ItemResult(BaseModel, frozen=True, extra="forbid"):
         kind: why it failed, from a small taxonomy; empty when it is right. detail, path: the first difference.
         label: classification: the label that was read, or None.
         expected: what counts as right, as the example has it.
+        latency_s: seconds from request to last token; None where answers were computed side by side.
     """
 
     id: str
@@ -46,6 +47,7 @@ class ItemResult(BaseModel, frozen=True, extra="forbid"):
     output_tokens: int = 0
     finish_reason: str = "stop"
     cost_usd: float = 0.0
+    latency_s: float | None = None
 
 
 class Result(BaseModel, frozen=True, extra="forbid"):

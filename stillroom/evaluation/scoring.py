@@ -68,7 +68,7 @@ def scorer_for(config: EvalConfig, *, judge: Any = None, answers: Any = None) ->
     if config.task == "function_calling":
         from stillroom.evaluation.function_calling import FunctionCalling
 
-        return FunctionCalling()
+        return FunctionCalling(config.calls_first)
     if config.task == "classification":
         from stillroom.evaluation.classification import Classification
 

@@ -94,11 +94,12 @@ def stopped(advice: Any, started: float) -> dict[str, Any]:
 
 def record(recipe: Recipe, out: Path, to: Path) -> dict[str, Any]:
     """Ask the teacher everything that a run of this recipe needs, and write the answers as invocation logs."""
-    from stillroom.pipeline.recording import write_answers
+    from stillroom.pipeline.recording import open_resumed, write_answers
     from stillroom.teacher import check_terms
 
     check_terms(recipe.teacher)
     run = Run.at(recipe, out)
+    run.opener = lambda config: open_resumed(config, to)
     with run.store.lock():
         data = steps.prepare(run)
         labelled = steps.label(run, data)

@@ -28,7 +28,11 @@ GPU_GIB = {
 GUESSED_ANSWER_TOKENS = 64
 """Tokens of a teacher's answer where no golden answer tells."""
 
+SAMPLE = 32
+"""Training prompts that the rate is measured on, as far as they fit one step."""
+
 REMOTE = ("openai", "bedrock")
+_AWS = "the region of the AWS environment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,15 @@ def plan(recipe: Recipe, *, gpu: str | None = None, measure: bool = True, prepar
 
 def leaves_the_machine(recipe: Recipe) -> list[dict[str, str]]:
     """Every endpoint that something is sent to, and what is sent."""
-    model = recipe.teacher.model
-    if model.engine not in REMOTE:
-        return []
-    to = model.url or f"AWS Bedrock in {model.region or 'the region of the AWS environment'}"
-    what = "the prompts and tools of unlabelled training records and of the held-out items"
-    return [{"to": to, "what": what, "model": model.model or ""}]
+    told = [
+        (recipe.teacher.model, "the prompts and tools of unlabelled training records and of the held-out items"),
+        (recipe.evaluation.judge.model, "the held-out prompts, their references and every model's answers to them"),
+    ]
+    return [
+        {"to": model.url or f"AWS Bedrock in {model.region or _AWS}", "what": what, "model": model.model or ""}
+        for model, what in told
+        if model is not None and model.engine in REMOTE
+    ]
 
 
 def licences(recipe: Recipe) -> list[dict[str, str]]:
@@ -208,17 +215,19 @@ def _machine_bytes() -> int:
 
 def _time(recipe: Recipe, loaded: Any, prepared: Any, figures: dict[str, Any]) -> dict[str, float]:
     """Seconds of training and measuring on this machine, from one training step and a batch of answers."""
-    from stillroom.engines import Request, ask, open_model
+    from stillroom.engines import Request, ask
+    from stillroom.engines.transformers import TransformersModel
+    from stillroom.models import encode_prompt
     from stillroom.schema import GenerateParams
     from stillroom.training import measure_rate
 
-    rate = measure_rate(loaded, recipe.training)
+    per_answer_tokens = max(1, round(figures["teacher"]["output_tokens"] / max(1, figures["teacher"]["calls"])))
+    prompts = [encode_prompt(loaded.tokenizer, e.messages, e.tools) for e in prepared.train[:SAMPLE]]
+    rate = measure_rate(loaded, recipe.training, prompts, answer_tokens=per_answer_tokens)
     student: ModelConfig = recipe.student.as_model(str(resolve_path(recipe.student.path)))
     sample = prepared.test[:8] or prepared.train[:8]
-    params = GenerateParams(
-        max_tokens=max(1, round(figures["teacher"]["output_tokens"] / max(1, figures["teacher"]["calls"])))
-    )
-    with open_model(student) as model:
+    params = GenerateParams(max_tokens=per_answer_tokens)
+    with TransformersModel(student, loaded) as model:
         started = time.monotonic()
         ask(model, [Request(e.messages, e.tools, params) for e in sample], label="plan: a few answers")
         per_answer = (time.monotonic() - started) / len(sample)

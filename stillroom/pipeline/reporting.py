@@ -127,6 +127,7 @@ def _models(
         output_per_million=_known(teacher.price).get("output"),
         plain=found["teacher"],
         best=found.get("teacher-best"),
+        speed=steps.read_speed(measured["teacher"]),
     )
     speed = steps.read_speed(measured["student"])
     learnt = base.model_copy(

@@ -24,13 +24,27 @@ from stillroom import telemetry
 from stillroom.artifacts import Artifact, Store, file_digest
 from stillroom.config import resolve_path
 from stillroom.engines import AnswerCache, ModelConfig, open_model
-from stillroom.evaluation import EvalConfig, Result, Speed, answer_cap, choose_shots, evaluate, measure_speed
+from stillroom.evaluation import (
+    EvalConfig,
+    Result,
+    Speed,
+    answer_cap,
+    choose_shots,
+    evaluate,
+    measure_speed,
+    speed_of_answers,
+)
 from stillroom.pipeline.config import Recipe
 from stillroom.schema import ChatModel, Example, example_from_dict, to_dict
 
 PREPARE_ROOMS = ("data", "toolcalls", "schema")
 LABEL_ROOMS = ("teacher", "engines", "toolcalls", "schema")
-EVALUATE_ROOMS = ("evaluation", "engines", "models", "toolcalls", "schema")
+MEASURING = (
+    "measuring", "scoring", "function_calling", "classification", "free_text", "judging", "few_shot", "latency",
+    "results", "wording", "config",
+)  # fmt: skip
+"""Modules of `evaluation` that decide a result; changing the others, which show it, measures nothing anew."""
+EVALUATE_ROOMS = (*(f"evaluation/{module}" for module in MEASURING), "engines", "models", "toolcalls", "schema")
 TRAIN_ROOMS = ("training", "models", "checkpoint", "toolcalls", "schema")
 
 
@@ -41,12 +55,14 @@ class Run:
     Attributes:
         answers: the cache of paid answers, beside the runs, so that no run asks again what another asked.
         made: artifacts by step, as they are found or built.
+        opener: how a model is opened.
     """
 
     recipe: Recipe
     store: Store
     answers: Path
     made: dict[str, Artifact] = field(default_factory=dict)
+    opener: Callable[[ModelConfig], ChatModel] = open_model
     _opened: dict[str, ChatModel] = field(default_factory=dict)
 
     @classmethod
@@ -73,7 +89,7 @@ class Run:
         """An open model; the same config gives the same one until `close`."""
         key = config.model_dump_json()
         if key not in self._opened:
-            self._opened[key] = open_model(config)
+            self._opened[key] = self.opener(config)
         return self._opened[key]
 
     def close_models(self) -> None:
@@ -152,9 +168,12 @@ def label(run: Run, data: Artifact) -> Artifact:
 def measure(
     run: Run, role: str, model: ModelConfig, labelled: Artifact, data: Artifact, *, best: bool, speed: bool
 ) -> Artifact:
-    """Score one model on the held-out items, plain or at its best; with `speed`, time it too."""
+    """Score one model on the held-out items, plain or at its best; with `speed`, time calls made one by one too."""
     recipe = run.recipe
+    judge = recipe.evaluation.judge.model
     inputs: dict[str, Artifact | str] = {"data": data, "labelled": labelled, **_model_inputs(model)}
+    if judge:
+        inputs |= {f"judge {name}": value for name, value in _model_inputs(judge).items()}
 
     def build(folder: Path, work: Path) -> None:
         opened = run.model(located(model))
@@ -166,13 +185,17 @@ def measure(
             test,
             recipe.evaluation,
             max_tokens=cap,
-            answers=run.answers if role == "teacher" else work / "answers",
+            answers=run.answers if role == "teacher" or judge else work / "answers",  # what was paid for is kept
             best=best,
             shots=shots,
+            judge=run.model(located(judge)) if judge else None,
             label=f"{role}{' at its best' if best else ''}",
         )
         write_json(folder / "result.json", result.model_dump(mode="json"))
-        timed = measure_speed(opened, test, recipe.evaluation, max_tokens=cap, in_process=True) if speed else None
+        if speed:
+            timed = measure_speed(opened, test, recipe.evaluation, max_tokens=cap, in_process=True)
+        else:
+            timed = speed_of_answers(result)
         write_json(folder / "speed.json", timed.model_dump(mode="json") if timed else None)
 
     config = {"model": plain(model), "evaluation": _measured_by(recipe.evaluation), "best": best, "speed": speed}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stillroom.toolcalls.limits import Limits
     from stillroom.toolcalls.literals import CallParseError
     from stillroom.toolcalls.matching import FAILURE_KINDS, Match, match
-    from stillroom.toolcalls.parse import CALL_DIALECTS, parse_calls
+    from stillroom.toolcalls.parse import CALL_DIALECTS, may_begin_calls, parse_calls
     from stillroom.toolcalls.render import render_calls
     from stillroom.toolcalls.specs import TOOL_DIALECTS, read_tools, safe_name, write_tools
     from stillroom.toolcalls.validate import Problem, check_tools, validate_calls
@@ -42,6 +42,7 @@ __all__ = [
     "golden_call",
     "grammar",
     "match",
+    "may_begin_calls",
     "parse_calls",
     "read_tools",
     "render_calls",
@@ -63,6 +64,7 @@ _HOME = {
     "golden_call": "golden",
     "grammar": "gbnf",
     "match": "matching",
+    "may_begin_calls": "parse",
     "parse_calls": "parse",
     "read_tools": "specs",
     "render_calls": "render",

@@ -33,6 +33,7 @@ _START = re.compile(rf"\[[ \t\r\n]*+(?:{NAME.pattern}[ \t]*+\(|{_OBJECT})|(?m:^)
 _CALL_HERE = re.compile(rf"{NAME.pattern}[ \t]*+\(")
 _BARE_CALL = re.compile(rf"{NAME.pattern}\(")
 _EMPTY = re.compile(r"\[[ \t\r\n]*+\]")
+_NAME_SO_FAR = re.compile(r"[\w.-]*+")
 _OBJECT_HERE = re.compile(r"\[?+[ \t\r\n]*+\{")
 
 
@@ -60,6 +61,18 @@ def parse_calls(text: str, dialect: str = "auto", *, limits: Limits = DEFAULT_LI
     if scanner.skip_space():
         scanner.fail(f"text after the calls: {scanner.next_words()}")
     return tuple(calls)
+
+
+def may_begin_calls(text: str) -> bool:
+    """Whether `text`, or what it is the beginning of, may have calls before any words: False once words come first.
+
+    A tag, a code fence or an opening bracket may begin calls; `Here is` may not, and `get` still may.
+    """
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] in ("", "[", "{", "<", "`"):
+        return True
+    end = _NAME_SO_FAR.match(text, start).end()  # type: ignore[union-attr]
+    return end == len(text) or (end > start and text[end] == "(")
 
 
 def _auto(scanner: Scanner) -> list[ToolCall]:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import torch
 
 from stillroom.models.packing import TokenSequence
 from stillroom.training.config import TrainConfig
 from stillroom.training.step import Stepper
 
 
-def measure_rate(loaded: Any, config: TrainConfig, *, sequence_tokens: int = 170, scored_tokens: int = 30) -> float:
+def measure_rate(loaded: Any, config: TrainConfig, prompts: Sequence[Sequence[int]], *, answer_tokens: int) -> float:
     """Tokens per second of training `loaded` with `config`, from one step after a warm-up; weights are unchanged.
 
-    Sequences are random tokens that share no beginning, so real data, which may, is at most a little faster.
+    Args:
+        prompts: token ids of real prompts, whose lengths and common beginnings decide the rate; a few suffice.
+        answer_tokens: how long an answer is about.
     """
     if config.method == "lora":
         # More work than adapters are, but these would stay in the model.
         config = config.model_copy(update={"method": "full"})
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-    count = max(1, config.tokens_per_step // sequence_tokens)
-    ids = torch.randint(vocabulary, (count, sequence_tokens), generator=generator).tolist()
-    sequences = [TokenSequence(tuple(row), sequence_tokens - scored_tokens, f"sample {i}") for i, row in enumerate(ids)]
+    sequences = list(_sequences(prompts, answer_tokens, config))
     was = [(p, p.requires_grad) for p in loaded.model.parameters()]
     stepper = Stepper(loaded.model, config.model_copy(update={"weight_decay": 0.0}))
-    stepper.step(sequences[:1], learning_rate=0.0)
+    stepper.step(sequences[:2], learning_rate=0.0)
     started = time.monotonic()
     stepper.step(sequences, learning_rate=0.0)
     seconds = time.monotonic() - started
@@ -35,4 +32,15 @@ def measure_rate(loaded: Any, config: TrainConfig, *, sequence_tokens: int = 170
         parameter.grad = None
         parameter.requires_grad_(requires_grad)
     loaded.model.eval()
-    return count * sequence_tokens / seconds
+    return sum(len(sequence.ids) for sequence in sequences) / seconds
+
+
+def _sequences(prompts: Sequence[Sequence[int]], answer_tokens: int, config: TrainConfig) -> Iterator[TokenSequence]:
+    """As many prompts as one step has, each with some of its own tokens for an answer."""
+    left = config.tokens_per_step
+    for index, prompt in enumerate(prompts):
+        ids = (*prompt, *prompt[-answer_tokens:])[: config.max_sequence_tokens]
+        if index and len(ids) > left:
+            return
+        left -= len(ids)
+        yield TokenSequence(ids, max(1, len(ids) - answer_tokens), f"sample {index}")

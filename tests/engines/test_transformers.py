@@ -68,6 +68,29 @@ def test_greedy_answers_are_those_of_transformers_own_generate(model):
         assert generate(model, request).message.content == theirs
 
 
+def test_prompts_that_begin_alike_are_answered_as_each_alone(model):
+    beginning = (Message("system", "the same examples for all " * 8),)
+    requests = [Request((*beginning, *request.messages), request.tools, request.params) for request in mixed(30)]
+    alone = [generate(model, request) for request in requests]
+    assert [answer.message for answer in ask(model, requests)] == [answer.message for answer in alone]
+    same = ask(model, [requests[0]] * 2 + [Request(requests[0].messages, (), GenerateParams(max_tokens=4))])
+    assert same[0].message == same[1].message == alone[0].message
+
+
+def test_an_answer_that_begins_with_words_ends_there_where_only_calls_count(model):
+    from stillroom.toolcalls import may_begin_calls
+
+    requests = [question(f"say {index}", max_tokens=60) for index in range(12)]
+    only_calls = [question(f"say {index}", max_tokens=60, calls_first=True) for index in range(12)]
+    ended = 0
+    for whole, cut in zip(ask(model, requests), ask(model, only_calls), strict=True):
+        assert whole.message.content.startswith(cut.message.content)
+        if cut.output_tokens < whole.output_tokens:
+            ended += 1
+            assert not may_begin_calls(cut.message.content)
+    assert ended  # an untrained model writes anything but calls
+
+
 def test_latency_is_measured_only_for_a_request_alone(model):
     assert generate(model, question("x", max_tokens=2)).latency_s > 0
     assert all(answer.latency_s is None for answer in ask(model, mixed(12)))

@@ -58,6 +58,14 @@ def test_every_answer_is_right_or_fails_for_one_reason(text, kind, valid):
     assert found.ok or found.detail
 
 
+def test_words_before_a_call_are_passed_over_unless_calls_must_come_first():
+    text, example = 'Here you are: [weather_0(city="City0")]', item(0)
+    assert answered(text).items[0].ok
+    strict = CONFIG.model_copy(update={"calls_first": True})
+    found = evaluate(ScriptedModel({example.messages[-1].content: text}), [example], strict, max_tokens=32).items[0]
+    assert (found.ok, found.kind) == (False, "no_call")
+
+
 def test_calls_of_the_engine_count_like_calls_in_text():
     message = Message("assistant", tool_calls=(ToolCall("weather_0", {"city": "City0"}),))
     assert answered(message).items[0].ok

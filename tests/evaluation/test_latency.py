@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stillroom.errors import ConfigError, NotEnoughData
-from stillroom.evaluation import EvalConfig, measure_speed
+from stillroom.evaluation import EvalConfig, Result, measure_speed, speed_of_answers
 
 from .sample import CONFIG, items, model
 
@@ -37,3 +37,11 @@ def test_too_few_calls_are_refused_and_none_are_fine():
     assert measure_speed(model("m", items(1), 1), items(1), EvalConfig(latency_calls=0), max_tokens=8) is None
     with pytest.raises(NotEnoughData):
         measure_speed(model("m", items(1), 1), [], max_tokens=8)
+
+
+def test_an_endpoints_latency_is_that_of_the_answers_it_gave():
+    items_of = [{"id": str(i), "latency_s": (i + 1) / 10, "output_tokens": 2} for i in range(31)]
+    speed = speed_of_answers(Result(model="m", items=items_of))
+    assert (speed.calls, speed.p50.value) == (31, pytest.approx(1.6))
+    assert speed.output_tokens_per_s == pytest.approx(62 / sum(speed.latencies_s))
+    assert speed_of_answers(Result(model="m", items=[*items_of[:29], {"id": "x"}])) is None

@@ -13,7 +13,7 @@ import pytest
 
 from stillroom.artifacts import file_digest, lineage
 from stillroom.config import load_config
-from stillroom.pipeline import Recipe, distill, plan
+from stillroom.pipeline import Recipe, distill, plan, record
 from stillroom.testing import LocalTeacher
 from tests.pipeline.recipe import answer, command, write_recipe
 
@@ -96,6 +96,20 @@ def test_the_plan_says_what_leaves_the_machine_and_what_it_takes(undisturbed):
     assert found.figures["leaves_the_machine"][0]["to"] == teacher.url
     assert teacher.url in found.text
     assert plan(load_config(Recipe, recipe), gpu="h200", measure=False).figures["memory"]["fits"]
+
+
+def test_recording_again_asks_only_what_the_recording_lacks(tmp_path, tiny_student):
+    """First half of the prompts, then all, with nothing but the recording kept; then a run without any teacher."""
+    with LocalTeacher(answer, log=tmp_path / "calls.jsonl") as teacher:
+        recipe = write_recipe(tmp_path, tiny_student, teacher.url)
+        first = record(load_config(Recipe, recipe, ["data.train=12"]), tmp_path / "a" / "run", tmp_path / "kept")
+        assert first["recorded"] == sum(teacher.calls().values())
+        again = record(load_config(Recipe, recipe), tmp_path / "b" / "run", tmp_path / "kept")
+        assert again["recorded"] == sum(teacher.calls().values()) > first["recorded"]
+        assert max(teacher.calls().values()) == 1
+    recorded = ["teacher.model={engine: recorded, path: " + str(tmp_path / "kept") + ", license: Apache-2.0}"]
+    summary = distill(load_config(Recipe, recipe, recorded), tmp_path / "c" / "run")
+    assert summary["accuracy"]["teacher"]["pooled"] == 1.0
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])

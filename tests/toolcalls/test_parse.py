@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from stillroom.errors import DataError, ParseError
 from stillroom.schema import ToolCall, canonical_json, to_dict
-from stillroom.toolcalls import CallParseError, Limits, parse_calls, render_calls
+from stillroom.toolcalls import CallParseError, Limits, may_begin_calls, parse_calls, render_calls
 from tests.toolcalls.strategies import call_lists, fuzz_count
 
 F = ToolCall("f", {"a": 1})
@@ -192,3 +192,21 @@ def test_an_unknown_dialect_is_the_callers_mistake():
         parse_calls("[]", "xml")
     with pytest.raises(ValueError, match="choose one of"):
         render_calls([], "xml")
+
+
+@settings(max_examples=fuzz_count(30), deadline=None)
+@given(calls=call_lists)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_calls_may_begin_at_every_step_of_writing_them(dialect, calls):
+    text = render_calls(calls, dialect)
+    assert all(may_begin_calls(text[:length]) for length in range(len(text) + 1))
+
+
+@pytest.mark.parametrize("text", ["", "\n [", "get", "get_weather(", " a.b(x=", "<think>", "```json", "To"])
+def test_what_may_become_calls_is_given_time(text):
+    assert may_begin_calls(text)
+
+
+@pytest.mark.parametrize("text", ["Here is", "get weather", "Sure.\n", "Sure, [f()]", "(f())", "def f(a):", "f: [g()]"])
+def test_what_begins_with_words_is_known_at_once(text):
+    assert not may_begin_calls(text)
