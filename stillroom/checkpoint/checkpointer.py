@@ -1,129 +1,264 @@
-"""Save and load training state: nested dictionaries of tensors and small values.
+"""Save and load training state behind the training's back.
 
     root/
-    ├── step-00000400/            committed: the directory was renamed into place, whole
-    │   ├── tensors.safetensors   every tensor, under its path in the state, such as `optimizer/3/exp_avg`
-    │   ├── values.json           everything else, at the same paths
-    │   └── checksums.json        size and CRC32 of both files, and CRC32 of every tensor; written last
-    └── .step-00000400.*.tmp/     being written, or left by a crash: invisible to every reader
+    ├── step-00000400/             committed: the directory was renamed into place, whole and durable
+    │   ├── .metadata              where each piece lies; this and the next are what PyTorch DCP reads and writes
+    │   ├── __0_0.distcp           what rank 0 wrote: a row of `torch.save` archives
+    │   ├── __0_0.checksums        CRC32 of every block of it, and the tree of the state
+    │   └── checkpoint.json        step, metrics, ranks
+    └── .step-00000500.*.tmp/      being written, or left by a crash: invisible to every reader
 
-Promise: after a crash at any instruction a reader sees the old set of checkpoints or the new one, never a
-part. What is loaded is what was saved, bit for bit, or `CheckpointCorrupt` names the item that is not.
-Nothing is unpickled. Saving is synchronous here: `save` returns when the checkpoint is committed, so its
-handle is done from the start. Out of scope: when to save (training), several processes.
+Promise: after a crash at any instruction a reader sees the old set of checkpoints or the new one, never a part,
+never a mixture. What is loaded is what was saved, bit for bit, or `CheckpointCorrupt` names the item that is not.
+Threads: `save` copies into the arena on the caller's thread (or behind it, on request); one thread waits for the
+writer process, which does everything else, and for the other ranks. Every rank calls `save` and `load` alike.
 """
 
 from __future__ import annotations
 
-import json
+import atexit
+import contextlib
+import queue
 import re
 import shutil
+import threading
+import time
+import uuid
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from stillroom.checkpoint import layouts
+from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.config import CheckpointConfig
-from stillroom.checkpoint.files import checksum, read_tensor_file, write_tensor_file
+from stillroom.checkpoint.daemon import Daemon
+from stillroom.checkpoint.group import Solo, group_of
+from stillroom.checkpoint.layouts import Layout
+from stillroom.checkpoint.loading import Load
+from stillroom.checkpoint.reading import RECORD, Snapshot, format_record, parse_record
+from stillroom.checkpoint.retention import superfluous
+from stillroom.checkpoint.states import DescribedState
 from stillroom.errors import CheckpointCorrupt, CheckpointError
-from stillroom.storage import atomic_directory
+from stillroom.telemetry import note
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint: its step, where it lies, and its size."""
+    """A committed checkpoint.
+
+    Attributes:
+        size_bytes: of all its files.
+        metrics: as they were given to `save`.
+        absent: after a load, leaves of the state that the checkpoint does not have; they stayed as they were.
+    """
 
     step: int
     path: Path
     size_bytes: int
+    metrics: Mapping[str, float]
+    absent: tuple[str, ...] = ()
 
 
 class Save:
-    """What `Checkpointer.save` returns. Saving is synchronous, so both waits return at once."""
+    """A save under way: what `Checkpointer.save` returns.
 
-    def __init__(self, info: CheckpointInfo) -> None:
-        self._info = info
+    Attributes:
+        seconds: how long its parts took so far: `blocked`, `staged`, `written`, `committed`.
+    """
 
-    def staged(self) -> None:
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._staged, self._done = threading.Event(), threading.Event()
+        self._info: CheckpointInfo | None = None
+        self._error: BaseException | None = None
+        self.seen = False
+
+    def staged(self, timeout_s: float | None = None) -> None:
         """Wait until the state may be changed again."""
+        if not self._staged.wait(timeout_s):
+            raise CheckpointError(f"step {self.step} was not staged within {timeout_s} s.")
 
-    def result(self) -> CheckpointInfo:
-        """Wait until the checkpoint is committed."""
+    def done(self) -> bool:
+        """Whether it is committed, or has failed."""
+        return self._done.is_set()
+
+    def result(self, timeout_s: float | None = None) -> CheckpointInfo:
+        """Wait until the checkpoint is committed on all ranks.
+
+        Raises:
+            CheckpointError: it could not be; nothing was committed, and the checkpoints before are intact.
+        """
+        if not self._done.wait(timeout_s):
+            raise CheckpointError(f"step {self.step} was not committed within {timeout_s} s.")
+        self.seen = True
+        if self._error is not None:
+            raise self._error
+        assert self._info is not None
         return self._info
+
+    def _mark(self, part: str) -> None:
+        self.seconds[part] = time.monotonic() - self._began
+
+    def _finish(self, info: CheckpointInfo | None, error: BaseException | None = None) -> None:
+        self._info, self._error = info, error
+        self._mark("committed")
+        self._staged.set()
+        self._done.set()
+
+
+@dataclass
+class _Job:
+    save: Save
+    number: int
+    arena: Arena
+    state: DescribedState | None
+    metrics: dict[str, float]
+    name: str
+    failure: str = ""
+
+
+class _Plan:
+    """What is known after the first save of a state: its layout, and the arenas made for it."""
+
+    def __init__(self, signature: Any, layout: Layout) -> None:
+        self.signature, self.layout = signature, layout
+        self.arenas: list[Arena] = []
+        self.free: queue.SimpleQueue[Arena] = queue.SimpleQueue()
 
 
 class Checkpointer:
     """Checkpoints of one run, under `root`.
 
     Args:
-        root: a directory; made when the first checkpoint is saved.
-        like: a state of the shape that will be saved; not needed by this implementation.
-        config: how many checkpoints stay.
+        root: a directory that all ranks see; made when the first checkpoint is saved.
+        like: a state of the shape that will be saved; memory for it is made ready in the background, so that the
+            first save is as quick as the second.
+        config: how checkpoints are written and which stay.
+        process_group: the ranks that save together; by default all of them, or this process alone.
     """
 
-    def __init__(self, root: str | Path, *, like: Any = None, config: CheckpointConfig = CheckpointConfig()) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        like: Mapping[Any, Any] | None = None,
+        config: CheckpointConfig = CheckpointConfig(),
+        process_group: Any = None,
+    ) -> None:
         self.root, self.config = Path(root), config
+        self._group: Solo = group_of(process_group, config.timeout_s)
+        self._daemon: Daemon | None = None
+        self._plan: _Plan | None = None
+        self._numbers = 0
+        self._saves: list[Save] = []
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
         self._closed = False
+        self._token = self._group.broadcast("token", _token)
+        self._preparing: threading.Thread | None = None
+        if like is not None:
+            self._start()
+            described = DescribedState(like)
+            self._preparing = threading.Thread(target=self._prepare_early, args=(described,))
+            self._preparing.start()
 
-    def save(self, step: int, state: dict[str, Any]) -> Save:
-        """Commit `state` as the checkpoint of `step`, then drop those beyond `keep_latest`.
+    def save(self, step: int, state: Mapping[Any, Any], *, metrics: Mapping[str, float] | None = None) -> Save:
+        """Save `state` as the checkpoint of `step`, then drop what no policy keeps.
+
+        Returns when the state is copied (or with `stage="behind"`, when the copy has begun); the rest happens in
+        the background. It waits for the save before where `buffers` is 1. A failure is noted on stderr and raised
+        by `result`, and by `close` if nobody asked.
 
         Args:
             step: not negative; an existing checkpoint of this step is replaced.
-            state: nested dictionaries with string or integer keys; leaves are tensors or JSON values.
+            state: nested dictionaries with string or integer keys, and lists; leaves are tensors, DTensors or
+                small values that can be pickled. What several ranks have under one name is saved once: a value
+                of the lowest rank that has it.
+            metrics: numbers by name, kept with the checkpoint.
 
         Raises:
-            CheckpointError: the state has a leaf that is neither, or the disk refused; nothing was committed.
+            CheckpointError: a leaf cannot be saved, or memory is lacking, on any rank; nothing was begun.
         """
         if self._closed:
             raise CheckpointError("this Checkpointer is closed.\nhelp: open another for the same root.")
-        tensors, values = flatten(state)
         path = self._path(step)
+        self._start()
+        self._ready()
+        save = Save(step)
+        number, self._numbers = self._numbers, self._numbers + 1
+        described, failure = None, ""
         try:
-            with atomic_directory(path) as folder:
-                crcs = write_tensor_file(folder / "tensors.safetensors", tensors)
-                (folder / "values.json").write_text(json.dumps(values), encoding="utf-8")
-                files = {name: checksum(folder / name) for name in ("values.json",)}
-                size = (folder / "tensors.safetensors").stat().st_size
-                record = {"step": step, "tensors": crcs, "tensors_bytes": size, "files": files}
-                (folder / "checksums.json").write_text(json.dumps(record), encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoint of step {step} could not be written to {self.root}: {error}\n"
-                "help: free disk space or choose another directory; the checkpoints before are intact."
-            ) from error
-        self._retain()
-        return Save(self._info(step))
+            described = DescribedState(state)
+        except CheckpointError as error:
+            failure = str(error)
+        changed = described is None or self._plan is None or not described.fits(self._plan.signature, self._plan.layout)
+        changed = self._group.agree(f"{number}/plan", changed, failure)
+        assert described is not None
+        if changed:
+            self._prepare(described, str(number))
+        assert self._plan is not None
+        save._mark("planned")
+        arena = self._plan.free.get()
+        name = f".{path.name}.{self._token}-{number}.tmp"
+        job = _Job(save, number, arena, described, dict(metrics or {}), name)
+        save._mark("waited")
+        if self.config.stage == "at once":
+            self._stage(job)
+        save._mark("blocked")
+        self._saves = [other for other in self._saves if not (other.done() and (other.seen or not other._error))]
+        self._saves.append(save)
+        self._jobs.put(job)
+        return save
 
-    def load(self, into: dict[str, Any], step: int | None = None) -> CheckpointInfo | None:
-        """Copy a checkpoint into `into`; None when there is none.
+    def load(
+        self,
+        into: MutableMapping[Any, Any],
+        step: int | None = None,
+        *,
+        keys: Collection[str] | None = None,
+        trust: bool = False,
+    ) -> CheckpointInfo | None:
+        """Copy a checkpoint into `into`, resharded to what its DTensors hold; None when there is none.
 
-        Tensors are copied into the tensors of `into` where shape and dtype agree, everything else is replaced.
-        The whole checkpoint is verified before anything is copied.
+        Tensors are copied into the tensors of `into`, everything else is replaced; what `into` lacks is added,
+        what the checkpoint lacks stays as it is and is listed in `absent`. Everything is checked before anything
+        is copied.
 
         Args:
-            into: a state as `save` took it; keys that it lacks are added.
+            into: a state as `save` took it.
             step: which one; None for the newest committed.
+            keys: load only these leaves and branches, such as `model` or `model.embed.weight`.
+            trust: unpickle values of any class. Without, only what `torch.load(weights_only=True)` admits.
 
         Raises:
-            CheckpointCorrupt: a file or tensor does not match its checksum, or is missing. Nothing was copied.
-            CheckpointError: there is no checkpoint of that step, or a tensor has another shape or dtype.
+            CheckpointCorrupt: something does not match its checksum, or is missing. Nothing was copied.
+            CheckpointError: there is no checkpoint of that step, or a tensor has another shape or dtype, or another
+                rank could not load. Nothing was copied.
         """
-        steps = self.steps()
-        if step is None and not steps:
+        self._ready()
+        number, self._numbers = self._numbers, self._numbers + 1
+        chosen = self._group.broadcast(f"{number}/load", lambda: self._choose(step))
+        if chosen is None:
             return None
-        chosen = steps[-1] if step is None else step
-        if chosen not in steps:
-            raise CheckpointError(f"no checkpoint of step {chosen} in {self.root}; there are {steps or 'none'}.")
-        restored = self._read(chosen)
-        _check_fits(into, restored, "", chosen)
-        _copy(into, restored)
-        return self._info(chosen)
+        snapshot = load = error = None
+        try:
+            snapshot = Snapshot(self._path(chosen))
+            load = Load(snapshot, into, keys, trust)
+        except CheckpointError as raised:
+            error = raised
+        try:
+            self._group.agree(f"{number}/loaded", failure=str(error) if error else "")
+        except CheckpointError:
+            raise error or CheckpointError(f"step {chosen} could not be loaded on another rank.") from None
+        assert load is not None
+        load.apply()
+        return self._info(chosen, load.absent)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
@@ -131,6 +266,13 @@ class Checkpointer:
             return []
         matches = (STEP_NAME.fullmatch(path.name) for path in self.root.iterdir())
         return sorted(int(match[1]) for match in matches if match)
+
+    def verify(self, step: int) -> list[str]:
+        """What of a checkpoint does not match its checksums, one line each; empty when all is well."""
+        try:
+            return Snapshot(self._path(step)).damages()
+        except CheckpointCorrupt as error:
+            return [str(error).splitlines()[0]]
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that it is no longer found but can still be looked at."""
@@ -140,9 +282,40 @@ class Checkpointer:
             shutil.rmtree(aside)
         return path.rename(aside)
 
+    def guard(self, optimizer: Any) -> Any:
+        """Make `optimizer.step` wait until the newest save is staged; with `stage="behind"` nothing else is needed.
+
+        Returns:
+            A handle whose `remove` undoes it.
+        """
+
+        def wait(*_: Any) -> None:
+            if self._saves:
+                self._saves[-1].staged()
+
+        return optimizer.register_step_pre_hook(wait)
+
     def close(self) -> None:
-        """Refuse later saves. Nothing is in flight."""
+        """Finish what is under way, end the writer, give the memory back.
+
+        Raises:
+            CheckpointError: a save failed and nobody asked for its result.
+        """
+        if self._closed:
+            return
         self._closed = True
+        self._ready()
+        atexit.unregister(self.close)
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+        if self._plan is not None:
+            self._release(self._plan)
+        if self._daemon is not None:
+            self._daemon.close()
+        for save in self._saves:
+            if save._error is not None and not save.seen:
+                raise save._error
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -150,109 +323,168 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            with contextlib.suppress(CheckpointError):
+                self.close()
+
+    def _start(self) -> None:
+        if self._daemon is not None:
+            return
+        self._daemon = Daemon()
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        if self._group.rank == 0:
+            with contextlib.suppress(CheckpointError):
+                self._daemon.ask({"op": "sweep", "root": str(self.root)})
+
+    def _prepare_early(self, described: DescribedState) -> None:
+        # What goes wrong now goes wrong again at the first save, where somebody hears of it.
+        with contextlib.suppress(CheckpointError):
+            self._prepare(described, "like")
+
+    def _ready(self) -> None:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+
+    def _prepare(self, described: DescribedState, step: str) -> None:
+        """Agree on a new layout with the other ranks, and make its arenas."""
+        if self._plan is not None:
+            self._release(self._plan)
+            self._plan = None
+        items = described.items()
+        everybodys = self._group.gather(f"{step}/items", items)
+        parts, metadata = None, b""
+        if everybodys is not None:
+            parts, metadata = layouts.plan_for_all(everybodys, described.shape)
+        digest, chosen, failure = self._group.scatter(f"{step}/layout", parts)
+        if failure:
+            raise CheckpointError(failure)
+        layout = layouts.lay_out(self._group.rank, items, chosen, digest, metadata, described.shape)
+        described.archive_values(layout)
+        plan = _Plan(described.signature, layout)
+        assert self._daemon is not None
+        try:
+            for _ in range(self.config.buffers):
+                arena = Arena(layout)
+                plan.arenas.append(arena)
+                self._daemon.share(arena)
+                plan.free.put(arena)
+        except CheckpointError as error:
+            for arena in plan.arenas:
+                self._daemon.forget(arena)
+                arena.close()
+            self._group.agree(f"{step}/arena", failure=str(error))
+        self._group.agree(f"{step}/arena")
+        self._plan = plan
+
+    def _release(self, plan: _Plan) -> None:
+        for _ in plan.arenas:
+            plan.free.get()
+        for arena in plan.arenas:
+            if self._daemon is not None:
+                self._daemon.forget(arena)
+            arena.close()
+
+    def _stage(self, job: _Job) -> None:
+        """Copy the state; what goes wrong is for the vote, so that every rank hears of it."""
+        state, job.state = job.state, None
+        assert state is not None
+        try:
+            job.arena.stage(state.contents)
+            if state.changed():
+                job.failure = (
+                    "the state was changed before it was staged.\nhelp: wait for `Save.staged()` before "
+                    "`optimizer.step()`; `Checkpointer.guard(optimizer)` does that."
+                )
+        except Exception as error:
+            job.failure = f"staging failed: {type(error).__name__}: {error}"
+        job.save._mark("staged")
+        job.save._staged.set()
+
+    def _run(self) -> None:
+        """The background thread: one job after another, each to its end."""
+        while (job := self._jobs.get()) is not None:
+            try:
+                info = self._commit(job)
+            except Exception as error:
+                failed = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
+                with contextlib.suppress(CheckpointError):
+                    assert self._daemon is not None
+                    self._daemon.ask({"op": "drop", "folder": str(self.root / job.name)}, self.config.timeout_s)
+                note(f"step {job.save.step} was not saved: {failed}")
+                self._give_back(job)
+                job.save._finish(None, failed)
+            else:
+                self._give_back(job)
+                job.save._finish(info)
+
+    def _give_back(self, job: _Job) -> None:
+        assert self._plan is not None
+        self._plan.free.put(job.arena)
+
+    def _commit(self, job: _Job) -> CheckpointInfo:
+        """Write, vote, commit."""
+        assert self._daemon is not None
+        folder, final = self.root / job.name, self._path(job.save.step)
+        if job.state is not None:
+            self._stage(job)
+        failure = job.failure
+        if not failure:
+            try:
+                self._daemon.ask(job.arena.write_request(str(folder)), self.config.timeout_s)
+            except CheckpointError as error:
+                failure = f"step {job.save.step} could not be written to {self.root}: {error}"
+        job.save._mark("written")
+        self._group.agree(f"{job.number}/written", failure=failure)
+        self._group.broadcast(f"{job.number}/committed", lambda: self._rename(job, folder, final))
+        return self._info(job.save.step)
+
+    def _rename(self, job: _Job, folder: Path, final: Path) -> bool:
+        """On rank 0, when all ranks have written: the commit, then retention."""
+        assert self._daemon is not None
+        token = folder.name
+        record = {
+            "step": job.save.step, "metrics": job.metrics, "world": self._group.world, "token": token, "version": 1,
+        }  # fmt: skip
+        files = {RECORD: format_record(record)}
+        self._daemon.ask(job.arena.commit_request(str(folder), str(final), token, files), self.config.timeout_s)
+        doomed = superfluous({step: self._metrics(step) for step in self.steps()}, self.config)
+        if doomed:
+            with contextlib.suppress(CheckpointError):
+                self._daemon.ask({"op": "remove", "paths": [str(self._path(step)) for step in doomed]})
+        return True
+
+    def _choose(self, step: int | None) -> int | None:
+        steps = self.steps()
+        if step is None:
+            return steps[-1] if steps else None
+        if step not in steps:
+            raise CheckpointError(f"no checkpoint of step {step} in {self.root}; there are {steps or 'none'}.")
+        return step
 
     def _path(self, step: int) -> Path:
         if step < 0:
             raise CheckpointError(f"a step cannot be negative: {step}")
         return self.root / f"step-{step:08d}"
 
-    def _info(self, step: int) -> CheckpointInfo:
-        path = self._path(step)
-        return CheckpointInfo(step, path, sum(file.stat().st_size for file in path.iterdir()))
-
-    def _read(self, step: int) -> dict[str, Any]:
-        path = self._path(step)
+    def _metrics(self, step: int) -> dict[str, float]:
         try:
-            record = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-            for name, wanted in record["files"].items():
-                if checksum(path / name) != wanted:
-                    raise ValueError(f"{name} does not match its checksum")
-            values = json.loads((path / "values.json").read_text(encoding="utf-8"))
-            tensors = read_tensor_file(path / "tensors.safetensors", record["tensors"], record["tensors_bytes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            before = [other for other in self.steps() if other < step]
-            advice = f"resume from step {before[-1]}" if before else "start again"
-            raise CheckpointCorrupt(
-                f"checkpoint of step {step} in {self.root} is damaged: {error}\nhelp: {advice}, and check the disk."
-            ) from error
-        return unflatten(tensors, values)
+            metrics: dict[str, float] = parse_record((self._path(step) / RECORD).read_bytes())["metrics"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return metrics
 
-    def _retain(self) -> None:
-        """Drop what is too old, and what crashes left; a reader sees each one whole or not at all."""
-        for step in self.steps()[: -self.config.keep_latest]:
-            path = self._path(step)
-            doomed = path.rename(path.with_name(f".{path.name}.old"))
-            shutil.rmtree(doomed, ignore_errors=True)
-        for pattern in (".step-*.tmp", ".step-*.old"):
-            for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+    def _info(self, step: int, absent: tuple[str, ...] = ()) -> CheckpointInfo:
+        path = self._path(step)
+        with contextlib.suppress(FileNotFoundError):  # retention on another rank may be ahead
+            size = sum(file.stat().st_size for file in path.iterdir())
+            return CheckpointInfo(step, path, size, self._metrics(step), absent)
+        return CheckpointInfo(step, path, 0, {}, absent)
 
 
-def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a nested state by path, and the state with each tensor replaced by a marker.
-
-    Raises:
-        CheckpointError: a key is neither text nor an integer, or contains `/`; a leaf is neither tensor nor JSON.
-    """
-    tensors: dict[str, Tensor] = {}
-    return tensors, _strip(state, "", tensors)
-
-
-def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(node, Tensor):
-        tensors[path] = node.detach()
-        return {"tensor": path}
-    if isinstance(node, dict):
-        entries = []
-        for key, value in node.items():
-            if not isinstance(key, str | int) or isinstance(key, bool) or "/" in str(key):
-                raise CheckpointError(
-                    f"state key {key!r} at {path or 'the top'} is not text without '/', nor an integer."
-                )
-            entries.append([key, _strip(value, f"{path}/{key}" if path else str(key), tensors)])
-        return {"dict": entries}
-    if isinstance(node, list | tuple):
-        return {"list": [_strip(value, f"{path}/{index}", tensors) for index, value in enumerate(node)]}
-    if node is None or isinstance(node, str | int | float | bool):
-        return {"value": node}
-    raise CheckpointError(
-        f"state at {path} is a {type(node).__name__}; tensors, numbers, text, None, lists and dictionaries are saved."
-    )
-
-
-def unflatten(tensors: dict[str, Tensor], node: Any) -> Any:
-    """The inverse of `flatten`; tuples come back as lists."""
-    (kind, content), *_ = node.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: unflatten(tensors, value) for key, value in content}
-    if kind == "list":
-        return [unflatten(tensors, value) for value in content]
-    return content
-
-
-def _check_fits(into: Any, restored: Any, path: str, step: int) -> None:
-    if isinstance(into, dict) and isinstance(restored, dict):
-        for key in into.keys() & restored.keys():
-            _check_fits(into[key], restored[key], f"{path}/{key}" if path else str(key), step)
-    elif isinstance(into, Tensor) and isinstance(restored, Tensor):
-        here, there = (tuple(into.shape), into.dtype), (tuple(restored.shape), restored.dtype)
-        if here != there:
-            raise CheckpointError(
-                f"tensor {path!r} is {here[0]} {here[1]}, in the checkpoint of step {step} {there[0]} {there[1]}.\n"
-                "help: it belongs to another model or configuration; use another directory."
-            )
-
-
-@torch.no_grad()
-def _copy(into: dict[str, Any], restored: dict[str, Any]) -> None:
-    for key, value in restored.items():
-        here = into.get(key)
-        if isinstance(here, Tensor) and isinstance(value, Tensor):
-            here.copy_(value)
-        elif isinstance(here, dict) and isinstance(value, dict):
-            _copy(here, value)
-        else:
-            into[key] = value
+def _token() -> str:
+    return uuid.uuid4().hex[:8]

@@ -1,0 +1,132 @@
+"""From a snapshot into a state: every rank reads the pieces that overlap what it holds.
+
+First everything that is needed is checked and looked up, then it is copied: damage leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.checkpoint import trees
+from stillroom.checkpoint.framing import copyable
+from stillroom.checkpoint.layouts import local_piece
+from stillroom.checkpoint.reading import READERS, Box, Snapshot
+from stillroom.errors import CheckpointError
+
+Copy = tuple[Tensor, Tensor]
+"""Where to, and from where."""
+
+
+class Load:
+    """What a load will do, found and checked but not yet done.
+
+    Args:
+        keys: names of leaves or branches to load, such as `model` or `model.embed.weight`; None for all.
+        trust: see `Snapshot.value`.
+
+    Attributes:
+        absent: leaves of the state that were asked for and are not in the checkpoint.
+
+    Raises:
+        CheckpointCorrupt: something that is needed is damaged.
+        CheckpointError: a tensor has another shape or dtype.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        into: MutableMapping[Any, Any],
+        keys: Collection[str] | None = None,
+        trust: bool = False,
+    ) -> None:
+        self._into = into
+        wanted = _selector(keys)
+        present = {name: leaf for name, leaf in trees.leaves(into).items() if wanted(name)}
+        stored = snapshot.tensors.keys() | snapshot.values.keys()
+        self.absent = tuple(name for name in present if name not in stored)
+        self._shape = trees.prune(snapshot.shape, lambda name: wanted(name) and name in stored) or {"dict": []}
+        self._copies: list[Copy] = []
+        self._new: dict[str, Any] = {}
+        pieces: list[Callable[[], list[Copy]]] = []
+        for name in filter(wanted, snapshot.values):
+            self._new[name] = snapshot.value(name, trust)
+        for name in filter(wanted, snapshot.tensors):
+            pieces += self._reads(snapshot, name, present.get(name))
+        with ThreadPoolExecutor(READERS) as pool:
+            for copies in pool.map(lambda read: read(), pieces):
+                self._copies += copies
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Copy everything into the state."""
+        for target, source in self._copies:
+            copyable(target).copy_(copyable(source))
+        trees.fill(self._into, self._shape, lambda name, now: self._new.get(name, now))
+
+    def _reads(self, snapshot: Snapshot, name: str, leaf: Any) -> list[Callable[[], list[Copy]]]:
+        """Reads, each of one stored piece, that together fill the leaf, or a new tensor where there is none."""
+        spec = snapshot.tensors[name]
+        if isinstance(leaf, Tensor):
+            here, there = (tuple(leaf.shape), leaf.dtype), (spec.shape, spec.dtype)
+            if here != there:
+                raise CheckpointError(
+                    f"tensor {name!r} is {here[0]} {here[1]}, in checkpoint {snapshot.path} {there[0]} {there[1]}.\n"
+                    "help: it belongs to another model or configuration; use another directory."
+                )
+            piece = local_piece(leaf)
+            if piece is None:
+                return []
+            target, box = piece
+        else:
+            target, box = torch.empty(spec.shape, dtype=spec.dtype), ((0,) * len(spec.shape), spec.shape)
+            self._new[name] = target
+        if isinstance(leaf, Tensor):
+            self._new[name] = leaf
+        overlaps = [(stored, shared) for stored in spec.pieces if (shared := _overlap(stored.box, box)) is not None]
+        covered = sum(torch.Size(sizes).numel() for _, (_, sizes) in overlaps)
+        if covered < torch.Size(box[1]).numel():
+            raise snapshot.corrupt(f"tensor {name!r} is not wholly stored")
+
+        def read(stored: Any, shared: Box) -> list[Copy]:
+            first = shared[0][0] - stored.box[0][0] if shared[0] else 0
+            rows = (first, first + shared[1][0]) if shared[0] and shared[1][0] != stored.box[1][0] else None
+            source = snapshot.piece(name, stored, rows)
+            begin = [a - b for a, b in zip(shared[0], stored.box[0], strict=True)]
+            if rows:
+                begin[0] = 0
+            return [(_narrow(target, _minus(shared[0], box[0]), shared[1]), _narrow(source, begin, shared[1]))]
+
+        return [lambda stored=stored, shared=shared: read(stored, shared) for stored, shared in overlaps]  # type: ignore[misc]
+
+
+def _selector(keys: Collection[str] | None) -> Callable[[str], bool]:
+    if keys is None:
+        return lambda name: True
+    return lambda name: any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
+def _overlap(one: Box, other: Box) -> Box | None:
+    """The box in both; None where there is none. Two empty or 0-d tensors overlap wholly."""
+    begin = tuple(max(a, b) for a, b in zip(one[0], other[0], strict=True))
+    end = tuple(
+        min(a + m, b + n) for a, m, b, n in zip(one[0], one[1], other[0], other[1], strict=True)
+    )  # fmt: skip
+    sizes = tuple(stop - start for start, stop in zip(begin, end, strict=True))
+    if any(size < 0 for size in sizes) or (0 in sizes and one != other):
+        return None
+    return begin, sizes
+
+
+def _minus(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def _narrow(tensor: Tensor, begin: list[int], sizes: tuple[int, ...]) -> Tensor:
+    for dimension, (start, size) in enumerate(zip(begin, sizes, strict=True)):
+        tensor = tensor.narrow(dimension, start, size)
+    return tensor

@@ -1,0 +1,140 @@
+"""States as trees: nested dictionaries and lists whose leaves are tensors or small values.
+
+Leaves are named as DCP names them: the keys on the way, joined by dots. A list is a branch where it holds tensors
+or dictionaries, and a leaf otherwise; a tuple is a leaf. DCP keeps keys as text and forgets empty branches; the
+`shape` of a tree, kept beside the checkpoint, has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from stillroom.errors import CheckpointError
+
+Shape = Any
+"""JSON: `{"dict": [[key, shape], ...]}`, `{"list": [shape, ...]}`, or the name of a leaf."""
+
+
+def leaves(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Every leaf of `state` by its name, in order.
+
+    Raises:
+        CheckpointError: two leaves have the same name, or a key is neither text nor an integer.
+    """
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        _collect(value, _text(key, ""), found)
+    return found
+
+
+def shape_of(state: Mapping[Any, Any]) -> Shape:
+    """The tree without its leaves: what `fill` needs to build it again."""
+    return _shape(state, "")
+
+
+def shape_from_paths(paths: Mapping[str, Iterable[str | int]]) -> Shape:
+    """The tree that DCP's own record of paths by leaf describes; integers stand for places in lists."""
+    root: dict[Any, Any] = {}
+    for name, path in paths.items():
+        *way, last = path
+        node = root
+        for part in way:
+            node = node.setdefault(part, {})
+        node[last] = name
+    return _shape_of_paths(root)
+
+
+def fill(into: MutableMapping[Any, Any], shape: Shape, place: Callable[[str, Any], Any]) -> None:
+    """Put `place(name, present)` at every leaf of `shape`; branches that `into` lacks are made.
+
+    Args:
+        place: gets a leaf's name and what is there now (None where nothing is); what it returns is stored.
+    """
+    for key, below in shape["dict"]:
+        key = _key_in(into, key)
+        into[key] = _filled(into.get(key), below, place)
+
+
+def prune(shape: Shape, keep: Callable[[str], bool]) -> Shape:
+    """`shape` with only the leaves that are kept; a list stays whole where one of its leaves does."""
+    if isinstance(shape, str):
+        return shape if keep(shape) else None
+    if "list" in shape:
+        return shape if any(prune(below, keep) is not None for below in shape["list"]) else None
+    entries = [[key, kept] for key, below in shape["dict"] if (kept := prune(below, keep)) is not None]
+    return {"dict": entries} if entries or not shape["dict"] else None
+
+
+def _collect(node: Any, name: str, found: dict[str, Any]) -> None:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            _collect(value, f"{name}.{_text(key, name)}", found)
+    elif isinstance(node, list) and _is_branch(node):
+        for index, value in enumerate(node):
+            _collect(value, f"{name}.{index}", found)
+    elif name in found:
+        raise CheckpointError(f"two leaves of the state are both called {name!r}.\nhelp: rename one of the keys.")
+    else:
+        found[name] = node
+
+
+def _is_branch(values: list[Any]) -> bool:
+    return any(
+        isinstance(value, Tensor | Mapping) or (isinstance(value, list) and _is_branch(value)) for value in values
+    )
+
+
+def _text(key: Any, name: str) -> str:
+    if type(key) in (str, int):
+        return str(key)
+    raise CheckpointError(f"state key {key!r} at {name or 'the top'} is neither text nor an integer.")
+
+
+def _shape(node: Any, name: str) -> Shape:
+    if isinstance(node, Mapping):
+        return {"dict": [[key, _shape(value, f"{name}.{key}" if name else str(key))] for key, value in node.items()]}
+    if isinstance(node, list) and _is_branch(node):
+        return {"list": [_shape(value, f"{name}.{index}") for index, value in enumerate(node)]}
+    return name
+
+
+def _shape_of_paths(node: Any) -> Shape:
+    if isinstance(node, str):
+        return node
+    if node and all(isinstance(key, int) for key in node):
+        return {"list": [_shape_of_paths(node[index]) for index in sorted(node)]}
+    return {"dict": [[key, _shape_of_paths(below)] for key, below in node.items()]}
+
+
+def _key_in(into: Mapping[Any, Any], key: Any) -> Any:
+    """DCP keeps an integer key as text: where `into` has the integer, that is meant."""
+    return int(key) if isinstance(key, str) and key not in into and key.isdecimal() and int(key) in into else key
+
+
+def _filled(present: Any, shape: Shape, place: Callable[[str, Any], Any]) -> Any:
+    if isinstance(shape, str):
+        return place(shape, present)
+    if "dict" in shape:
+        branch = present if isinstance(present, MutableMapping) else {}
+        fill(branch, shape, place)
+        return branch
+    present = present if isinstance(present, list) else []
+    wanted = shape["list"]
+    padded = [*present[: len(wanted)], *([None] * (len(wanted) - len(present)))]
+    present[:] = [_filled(value, below, place) for value, below in zip(padded, wanted, strict=True)]
+    return present
+
+
+def paths(shape: Shape, way: tuple[str | int, ...] = ()) -> dict[str, tuple[str | int, ...]]:
+    """Every leaf's path in DCP's terms: keys as text, places in lists as integers."""
+    if isinstance(shape, str):
+        return {shape: way}
+    found: dict[str, tuple[str | int, ...]] = {}
+    for index, entry in enumerate(shape.get("list", ())):
+        found |= paths(entry, (*way, index))
+    for key, entry in shape.get("dict", ()):
+        found |= paths(entry, (*way, str(key)))
+    return found
