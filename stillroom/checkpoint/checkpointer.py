@@ -19,7 +19,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import queue
-import re
 import shutil
 import threading
 import time
@@ -37,13 +36,16 @@ from stillroom.checkpoint.daemon import Daemon
 from stillroom.checkpoint.group import Solo, group_of
 from stillroom.checkpoint.layouts import Layout
 from stillroom.checkpoint.loading import Load
-from stillroom.checkpoint.reading import RECORD, Snapshot, format_record, parse_record
+from stillroom.checkpoint.reading import RECORD, STEP_NAME, Snapshot, format_record, parse_record
 from stillroom.checkpoint.retention import superfluous
 from stillroom.checkpoint.states import DescribedState
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.telemetry import note
 
-STEP_NAME = re.compile(r"step-(\d{8,})")
+CHANGED = (
+    "the state was changed before it was staged.\n"
+    "help: wait for `Save.staged()` before `optimizer.step()`; `Checkpointer.guard(optimizer)` does that."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,13 @@ class Save:
         self._staged, self._done = threading.Event(), threading.Event()
         self._info: CheckpointInfo | None = None
         self._error: BaseException | None = None
-        self.seen = False
+        self.seen = self._released = False
 
     def staged(self, timeout_s: float | None = None) -> None:
         """Wait until the state may be changed again."""
         if not self._staged.wait(timeout_s):
             raise CheckpointError(f"step {self.step} was not staged within {timeout_s} s.")
+        self._released = True
 
     def done(self) -> bool:
         """Whether it is committed, or has failed."""
@@ -391,17 +394,15 @@ class Checkpointer:
 
     def _stage(self, job: _Job) -> None:
         """Copy the state; what goes wrong is for the vote, so that every rank hears of it."""
-        state, job.state = job.state, None
-        assert state is not None
+        assert job.state is not None
         try:
-            job.arena.stage(state.contents)
-            if state.changed():
-                job.failure = (
-                    "the state was changed before it was staged.\nhelp: wait for `Save.staged()` before "
-                    "`optimizer.step()`; `Checkpointer.guard(optimizer)` does that."
-                )
+            job.arena.stage(job.state.contents)
+            if job.state.changed():
+                job.failure = CHANGED
         except Exception as error:
             job.failure = f"staging failed: {type(error).__name__}: {error}"
+        if self.config.stage == "at once":
+            job.state = None
         job.save._mark("staged")
         job.save._staged.set()
 
@@ -424,6 +425,7 @@ class Checkpointer:
 
     def _give_back(self, job: _Job) -> None:
         assert self._plan is not None
+        job.state = None
         self._plan.free.put(job.arena)
 
     def _commit(self, job: _Job) -> CheckpointInfo:
@@ -438,6 +440,9 @@ class Checkpointer:
                 self._daemon.ask(job.arena.write_request(str(folder)), self.config.timeout_s)
             except CheckpointError as error:
                 failure = f"step {job.save.step} could not be written to {self.root}: {error}"
+        # A tensor's version is raised when an operation ends, so one that overlapped the copy shows only now.
+        if job.state is not None and job.state.changed() and not job.save._released:
+            failure = failure or CHANGED
         job.save._mark("written")
         self._group.agree(f"{job.number}/written", failure=failure)
         self._group.broadcast(f"{job.number}/committed", lambda: self._rename(job, folder, final))

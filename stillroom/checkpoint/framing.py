@@ -96,9 +96,9 @@ def value_records(value: Any) -> list[tuple[str, bytes]]:
 
 
 def slot_bytes(records: list[tuple[str, bytes]]) -> int:
-    """Room kept for a value, so that one that grows a little does not move what follows it."""
+    """Room kept for a value, so that one that grows moves what follows it only when it has doubled."""
     size = len(value_archive(records)) + PADDING_BYTES
-    step = min(max(256, 1 << max(0, (size // 4).bit_length() - 1)), 1 << 20)
+    step = 256 if size <= 2048 else min(1 << (size - 1).bit_length(), 1 << 24)
     return -(-size // step) * step
 
 

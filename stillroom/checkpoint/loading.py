@@ -71,6 +71,8 @@ class Load:
     def _reads(self, snapshot: Snapshot, name: str, leaf: Any) -> list[Callable[[], list[Copy]]]:
         """Reads, each of one stored piece, that together fill the leaf, or a new tensor where there is none."""
         spec = snapshot.tensors[name]
+        if isinstance(leaf, Tensor) and torch._debug_has_internal_overlap(leaf) == 1:
+            leaf = None  # an expanded tensor cannot be copied into; a new one takes its place
         if isinstance(leaf, Tensor):
             here, there = (tuple(leaf.shape), leaf.dtype), (spec.shape, spec.dtype)
             if here != there:

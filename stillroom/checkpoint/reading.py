@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ except ImportError:
     crc32 = zlib.crc32
 
 METADATA = ".metadata"
+STEP_NAME = re.compile(r"step-(\d{8,})")
 RECORD = "checkpoint.json"
 READERS = min(8, os.cpu_count() or 1)
 ADMITTED = {
@@ -122,8 +124,10 @@ class Snapshot:
         return bool(self.record)
 
     def corrupt(self, what: str) -> CheckpointCorrupt:
+        match = STEP_NAME.fullmatch(self.path.name)
+        named = f"checkpoint of step {int(match[1])} in {self.path.parent}" if match else f"checkpoint {self.path}"
         return CheckpointCorrupt(
-            f"checkpoint {self.path} is damaged: {what}.\n"
+            f"{named} is damaged: {what}.\n"
             f"help: run `stillroom checkpoint verify {self.path.parent}`, and resume from an older step."
         )
 
@@ -353,10 +357,10 @@ class Snapshot:
 
 
 def _load_value(raw: bytes, trust: bool) -> Any:
-    with contextlib.suppress(pickle.UnpicklingError, zipfile.BadZipFile, StopIteration):
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            return _PlainUnpickler(io.BytesIO(archive.read(pickled))).load()
+    refused = contextlib.suppress(pickle.UnpicklingError, zipfile.BadZipFile, StopIteration)
+    with refused, zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return _PlainUnpickler(io.BytesIO(archive.read(pickled))).load()
     return torch.load(io.BytesIO(raw), weights_only=not trust, map_location="cpu")
 
 

@@ -85,3 +85,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
 
     keep_latest: int = Field(default=2, ge=1)
     """Checkpoints to retain."""
+
+    stop_if_saving_fails: bool = False
+    """End the training when a checkpoint cannot be saved, instead of showing it and going on."""

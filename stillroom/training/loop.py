@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from stillroom.checkpoint import CheckpointConfig, Checkpointer
+from stillroom.checkpoint import CheckpointConfig, Checkpointer, Save
+from stillroom.errors import CheckpointError
 from stillroom.models.losses import Objective
 from stillroom.models.packing import TokenSequence
 from stillroom.schema import Example
@@ -30,7 +31,7 @@ from stillroom.telemetry import Metrics, Progress, note, progress
 from stillroom.training.config import TrainConfig
 from stillroom.training.result import TrainResult
 from stillroom.training.sequences import steps_of_epoch, tokenize
-from stillroom.training.state import Run, fingerprint, restore, save
+from stillroom.training.state import Run, fingerprint, restore, save, state_of
 from stillroom.training.step import Stepper
 
 
@@ -70,7 +71,8 @@ def train(
     stepper = Stepper(loaded.model, config, objective)
     run = Run(fingerprint(loaded, sequences, held_out_sequences, config, seed, stepper.precision.name))
     checkpoints = CheckpointConfig(keep_latest=config.keep_latest)
-    with Checkpointer(work / "checkpoints", config=checkpoints) as checkpointer:
+    like = state_of(stepper, run)
+    with Checkpointer(work / "checkpoints", like=like, config=checkpoints) as checkpointer:
         restore(checkpointer, stepper, run)
         if not run.done:
             _run(stepper, sequences, held_out_sequences, run, checkpointer, work, seed)
@@ -104,7 +106,7 @@ def _run(
     steps = [(epoch, batch) for epoch, batches in enumerate(epochs) for batch in batches]
     ends = {sum(map(len, epochs[: epoch + 1])) for epoch in range(config.epochs)}
     left = sum(len(sequence.ids) for _, batch in steps[run.step :] for sequence in batch)
-    saved_at = time.monotonic()
+    saved_at, saving = time.monotonic(), None
     with _metrics(work, run) as metrics, progress("train", left, "tokens") as bar:
         for epoch, batch in islice(steps, run.step, None):
             started = time.monotonic()
@@ -117,9 +119,10 @@ def _run(
             _show(bar, run, line, len(steps))
             run.seconds += time.monotonic() - started
             if run.step < len(steps) and _due(config, run.step, saved_at):
-                saved_at = _save(checkpointer, stepper, run)
+                saving = _save(checkpointer, stepper, run, saving)
+                saved_at = time.monotonic()
         run.done = True
-        _save(checkpointer, stepper, run)
+        _save(checkpointer, stepper, run, saving).result()
 
 
 def _due(config: TrainConfig, step: int, saved_at: float) -> bool:
@@ -128,11 +131,18 @@ def _due(config: TrainConfig, step: int, saved_at: float) -> bool:
     return time.monotonic() - saved_at >= config.save_every_s
 
 
-def _save(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> float:
+def _save(checkpointer: Checkpointer, stepper: Stepper, run: Run, before: Save | None) -> Save:
+    """Begin a save; one that failed was shown when it did, and ends training only where that was asked for."""
     started = time.monotonic()
-    save(checkpointer, stepper, run)
+    if before is not None:
+        try:
+            before.result()
+        except CheckpointError:
+            if stepper.config.stop_if_saving_fails:
+                raise
+    begun = save(checkpointer, stepper, run)
     run.seconds += time.monotonic() - started
-    return time.monotonic()
+    return begun
 
 
 def _show(bar: Progress, run: Run, line: dict[str, float], steps: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from stillroom.checkpoint import Checkpointer
+from stillroom.checkpoint import Checkpointer, Save
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.models.packing import TokenSequence
 from stillroom.schema import digest
@@ -15,10 +16,10 @@ from stillroom.telemetry import note
 from stillroom.training.config import TrainConfig
 from stillroom.training.step import Stepper, StepReport
 
-VERSION = 1
+VERSION = 2
 """Raised when the arithmetic of training changes, so that an older checkpoint is not continued differently."""
 
-UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest")
+UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest", "stop_if_saving_fails")
 """Settings that may change between a kill and a resumption."""
 
 
@@ -71,12 +72,12 @@ def fingerprint(
     )
 
 
-def save(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
-    """Commit the state after `run.step` steps; a finished run needs no optimizer any more."""
-    state = _state(stepper, run)
+def save(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> Save:
+    """Save the state after `run.step` steps, behind training's back; a finished run needs no optimizer any more."""
+    state = state_of(stepper, run)
     if run.done:
         del state["optimizer"]
-    checkpointer.save(run.step, state).result()
+    return checkpointer.save(run.step, state, metrics={"loss": run.history[-1]["loss"]} if run.history else {})
 
 
 def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
@@ -85,7 +86,7 @@ def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
     Raises:
         CheckpointError: the checkpoint is of another run.
     """
-    state = _state(stepper, run)
+    state = state_of(stepper, run)
     while steps := checkpointer.steps():
         try:
             checkpointer.load(into=state)
@@ -101,7 +102,7 @@ def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
                 "help: give each run a directory of its own, or delete this one to start again."
             )
         run.step, run.seconds, run.done = values["step"], values["seconds"], values["done"]
-        run.history = values["history"]
+        run.history = json.loads(values["history"])
         run.resumed_at = values["resumed_at"] if run.done else [*values["resumed_at"], run.step]
         torch.set_rng_state(state["random"])
         if not run.done:
@@ -109,14 +110,16 @@ def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
         return
 
 
-def _state(stepper: Stepper, run: Run) -> dict[str, Any]:
+def state_of(stepper: Stepper, run: Run) -> dict[str, Any]:
+    """What a checkpoint of a run holds."""
     moments = {name: stepper.optimizer.state[parameter] for name, parameter in stepper.trained.items()}
     values = {
         "fingerprint": run.fingerprint,
         "step": run.step,
         "seconds": run.seconds,
         "done": run.done,
-        "history": run.history,
+        # One text: a leaf for each figure of each step would be thousands of items.
+        "history": json.dumps(run.history),
         "resumed_at": run.resumed_at,
     }
     return {

@@ -9,8 +9,15 @@ import torch
 DTYPES = [
     dtype
     for name in sorted(dir(torch))
-    if isinstance(dtype := getattr(torch, name), torch.dtype) and not name.startswith(("q", "bits", "complex32"))
+    if isinstance(dtype := getattr(torch, name), torch.dtype)
+    and not name.startswith(("q", "bits", "complex32", "chalf"))
 ]
+
+STOCK_DTYPES = [
+    dtype for dtype in DTYPES if str(dtype) not in {f"torch.{sign}int{n}" for n in range(1, 8) for sign in ("", "u")}
+    and "float4" not in str(dtype)
+]  # fmt: skip
+"""Those that stock DCP can load: torch cannot copy the others."""
 
 
 def any_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_with_a_word(tiny_student, tmp_
     train(loaded, examples(), QUICK, tmp_path / "run")
     root = tmp_path / "run" / "checkpoints"
     newest = Checkpointer(root).steps()[-1]
-    file = root / f"step-{newest:08d}" / "tensors.safetensors"
+    file = root / f"step-{newest:08d}" / "__0_0.distcp"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -1,0 +1,253 @@
+"""Runs one function of this module on several ranks: `python -m tests.checkpoint.ranks FUNCTION WORLD ROOT`.
+
+torch is imported once and the ranks are forked from there; they meet over gloo. Exit code 0 when all ranks agree.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as stock
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from stillroom.checkpoint import CheckpointConfig, Checkpointer
+from stillroom.errors import CheckpointCorrupt, CheckpointError
+from tests.checkpoint.states import assert_same, bits
+
+QUICK = CheckpointConfig(timeout_s=4.0)
+
+
+def wholes(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "even": torch.randn(8, 6, generator=generator),
+        "uneven": torch.randn(5, 3, generator=generator),
+        "one row": torch.randn(1, 4, generator=generator).bfloat16(),
+        "long": torch.randn(1000, 70, generator=generator),
+        "columns": torch.randn(4, 9, generator=generator),
+        "scalar": torch.randn((), generator=generator),
+    }
+
+
+def sharded(seed: int, mesh: DeviceMesh) -> dict:
+    """A state as FSDP2 has it on a 1-D mesh and HSDP on a 2-D one: sharded over the last dimension of the mesh."""
+    replicated = [Replicate()] * (mesh.ndim - 1)
+
+    def place(name: str, whole: torch.Tensor) -> DTensor:
+        placement = Replicate() if name == "scalar" else Shard(int(name == "columns"))
+        return distribute_tensor(whole, mesh, [*replicated, placement], src_data_rank=None)
+
+    return {
+        "model": {name: place(name, whole) for name, whole in wholes(seed).items()},
+        "plain": torch.arange(10) + seed,
+        "run": {"step": seed, "rates": [0.1, 0.2]},
+    }
+
+
+def emptied(state: dict) -> dict:
+    return {
+        "model": {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()},
+        "plain": torch.zeros_like(state["plain"]),
+        "run": {"step": -1, "rates": []},
+    }
+
+
+def assert_whole(state: dict, seed: int) -> None:
+    for name, whole in wholes(seed).items():
+        assert bits(state["model"][name].full_tensor()) == bits(whole), name
+    assert_same(state["plain"], torch.arange(10) + seed)
+    assert_same(state["run"], {"step": seed, "rates": [0.1, 0.2]})
+
+
+def meshes(world: int) -> list[DeviceMesh]:
+    """1, 2, 3 and 4 ranks in a row, and 2 x 2; every rank takes part in making them."""
+    found = [DeviceMesh("cpu", list(range(size))) for size in range(1, world + 1)]
+    return [*found, DeviceMesh("cpu", [[0, 1], [2, 3]])] if world >= 4 else found
+
+
+def group_of(mesh: DeviceMesh):
+    return mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+
+
+def reshard(root: Path, rank: int, world: int) -> None:
+    """Every world size to every other, ours and stock DCP reading what ours wrote and ours what DCP wrote."""
+    made = meshes(world)
+    for number, mesh in enumerate(made):
+        if mesh.get_coordinate() is not None:
+            state = sharded(number, mesh)
+            with Checkpointer(root / f"ours-{number}", config=QUICK, process_group=group_of(mesh)) as checkpointer:
+                for step in (1, 2):
+                    checkpointer.save(step, state).result()
+            stock.save(state, checkpoint_id=root / f"stock-{number}" / "step-00000002", process_group=group_of(mesh))
+        dist.barrier()
+    for mesh in made:
+        if mesh.get_coordinate() is None:
+            continue
+        for number in range(len(made)):
+            for kind in ("ours", "stock"):
+                into = emptied(sharded(0, mesh))
+                with Checkpointer(
+                    root / f"{kind}-{number}", config=QUICK, process_group=group_of(mesh)
+                ) as checkpointer:
+                    assert checkpointer.load(into).step == 2
+                assert_whole(into, number)
+                assert checkpointer.verify(2) == []
+            into = emptied(sharded(0, mesh))
+            stock.load(into, checkpoint_id=root / f"ours-{number}" / "step-00000002", process_group=group_of(mesh))
+            assert_whole(into, number)
+
+
+def fsdp(root: Path, rank: int, world: int) -> None:
+    """A model under FSDP2 and its optimizer: saved, trained on, loaded, and trained on again to the same bits."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    mesh = DeviceMesh("cpu", list(range(world)))
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def train(steps: int) -> list[bytes]:
+        for step in range(steps):
+            torch.manual_seed(10 * step + rank)
+            model(torch.randn(4, 7)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [bits(parameter.to_local()) for parameter in model.parameters()]
+
+    def state() -> dict:
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments}
+
+    train(2)
+    with Checkpointer(root, like=state(), config=QUICK) as checkpointer:
+        checkpointer.save(2, state()).staged()
+        wanted = train(2)
+        loaded = state()
+        checkpointer._saves[-1].result()
+        checkpointer.load(loaded)
+        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        assert train(2) == wanted
+
+
+def failures(root: Path, rank: int, world: int) -> None:
+    """One rank fails, or changes its state: every rank hears of it, nothing is committed, the next save works."""
+    mesh = DeviceMesh("cpu", list(range(world)))
+    with Checkpointer(root, config=QUICK) as checkpointer:
+        checkpointer.save(1, sharded(1, mesh)).result()
+        state = sharded(2, mesh)
+        if rank == 1:
+            state["run"]["bad"] = (value for value in ())
+        assert "run.bad" in failed(lambda: checkpointer.save(2, state))
+        if rank == 1:
+            broken = root / "a file"
+            broken.write_text("")
+            checkpointer.root = broken
+        save = checkpointer.save(3, sharded(3, mesh))
+        assert "could not be written" in failed(save.result)
+        checkpointer.root = root
+        different = torch.ones(3 + rank)
+        assert "on one rank" in failed(lambda: checkpointer.save(4, {"same name": different}))
+        own = {f"rank {rank}": different, "shared": torch.ones(2)} | ({"extra": 1} if rank == 1 else {})
+        checkpointer.save(5, own).result()
+        assert checkpointer.steps() == [1, 5]
+        into: dict = {}
+        checkpointer.load(into)
+        assert len(into) == world + 2
+        if rank == 1:
+            os.kill(checkpointer._daemon.pid, signal.SIGKILL)
+        checkpointer.save(6, own).result()
+        dist.barrier()
+        if rank == 0:
+            file = root / "step-00000006" / "__1_0.distcp"
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        dist.barrier()
+        into = {f"rank {rank}": torch.zeros(3 + rank)}
+        reason = failed(lambda: checkpointer.load(into, keys=[f"rank {rank}"]))
+        assert ("damaged" in reason) if rank == 1 else reason
+        assert_same(into, {f"rank {rank}": torch.zeros(3 + rank)})
+    assert not list(root.glob(".step*"))
+
+
+def lost_rank(root: Path, rank: int, world: int) -> None:
+    """The last rank is killed, or hangs, in the middle: the others hear of it within the timeout."""
+    with Checkpointer(root, config=QUICK) as checkpointer:
+        state = {"w": torch.ones(1000), f"own {rank}": torch.ones(10) * rank}
+        checkpointer.save(1, state).result()
+        if rank == world - 1:
+            checkpointer._daemon.ask = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # it votes no more
+        began = time.monotonic()
+        assert failed(lambda: checkpointer.save(2, state).result())
+        assert time.monotonic() - began < 3 * QUICK.timeout_s
+        assert checkpointer.steps() == [1]
+    os._exit(0)  # the dead rank would be waited for
+
+
+def traffic(root: Path, rank: int, world: int) -> None:
+    """With an unchanged plan a save takes at most 256 bytes a rank, whatever the number of tensors."""
+    state = {f"layer {number}": torch.ones(3) * rank for number in range(200)} | {"step": 0}
+    with Checkpointer(root, config=QUICK) as checkpointer:
+        checkpointer.save(1, state).result()
+        for step in range(2, 5):
+            before = checkpointer._group.bytes_sent + checkpointer._group.bytes_received
+            checkpointer.save(step, state | {"step": step}).result()
+            assert checkpointer._group.bytes_sent + checkpointer._group.bytes_received - before <= 256
+
+
+def failed(call) -> str:
+    try:
+        call()
+    except CheckpointCorrupt as error:
+        return str(error)
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("it did not fail")
+
+
+def _rank(function: str, rank: int, world: int, root: Path, port: int) -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        globals()[function](root, rank, world)
+        dist.barrier()
+        dist.destroy_process_group()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(function: str, world: int, root: Path) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _rank(function, rank, world, root, port)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(codes)
+    return max(code for code in codes if code != -signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))
