@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stillroom.checkpoint import layouts
+from stillroom.checkpoint import layouts, trees
 from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.config import CheckpointConfig
 from stillroom.checkpoint.daemon import Daemon
@@ -249,17 +249,13 @@ class Checkpointer:
         chosen = self._group.broadcast(f"{number}/load", lambda: self._choose(step))
         if chosen is None:
             return None
-        snapshot = load = error = None
         try:
-            snapshot = Snapshot(self._path(chosen))
-            load = Load(snapshot, into, keys, trust)
-        except CheckpointError as raised:
-            error = raised
-        try:
-            self._group.agree(f"{number}/loaded", failure=str(error) if error else "")
-        except CheckpointError:
-            raise error or CheckpointError(f"step {chosen} could not be loaded on another rank.") from None
-        assert load is not None
+            load = Load(Snapshot(self._path(chosen)), into, keys, trust)
+        except Exception as error:
+            with contextlib.suppress(CheckpointError):
+                self._group.agree(f"{number}/loaded", failure=str(error))
+            raise
+        self._group.agree(f"{number}/loaded")
         load.apply()
         return self._info(chosen, load.absent)
 
@@ -358,15 +354,16 @@ class Checkpointer:
         if self._plan is not None:
             self._release(self._plan)
             self._plan = None
-        items = described.items()
-        everybodys = self._group.gather(f"{step}/items", items)
+        items, shape = described.items(), described.shape
+        everybodys = self._group.gather(f"{step}/items", (items, shape))
         parts, metadata = None, b""
         if everybodys is not None:
-            parts, metadata = layouts.plan_for_all(everybodys, described.shape)
+            shape = trees.merged([shape for _, shape in everybodys])
+            parts, metadata = layouts.plan_for_all([held for held, _ in everybodys], shape)
         digest, chosen, failure = self._group.scatter(f"{step}/layout", parts)
         if failure:
             raise CheckpointError(failure)
-        layout = layouts.lay_out(self._group.rank, items, chosen, digest, metadata, described.shape)
+        layout = layouts.lay_out(self._group.rank, items, chosen, digest, metadata, shape)
         described.archive_values(layout)
         plan = _Plan(described.signature, layout)
         assert self._daemon is not None

@@ -65,13 +65,13 @@ class StoreGroup(Solo):
     def __init__(self, group: Any, timeout_s: float) -> None:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._timeout_s = timeout_s
-        store: Any = dist.distributed_c10d._get_process_group_store(group or dist.distributed_c10d._get_default_group())
-        # A connection of its own: a wait in the background must not hold up what training asks the store.
-        self._store = store.clone()
+        self._store = _connection()
         self.bytes_sent = self.bytes_received = 0
-        self._prefix = ""
-        own = self._counter()
-        self._prefix = str(self.broadcast(f"begin/{own}", lambda: uuid.uuid4().hex[:8]))
+        # All groups share the store, so the ranks name the group; its members count alike how many were made of it.
+        ranks = zlib.crc32(str(dist.get_process_group_ranks(group or dist.group.WORLD)).encode())
+        self._prefix = f"stillroom/{ranks:08x}"
+        before = self._add(f"{self._prefix}/{self.rank}", 1)
+        self._prefix = str(self.broadcast(f"begin/{before}", lambda: uuid.uuid4().hex[:8]))
 
     def agree(self, step: str, changed: bool = False, failure: str = "") -> bool:
         key = f"{self._prefix}/{step}"
@@ -122,10 +122,6 @@ class StoreGroup(Solo):
             raise CheckpointError(reply["failure"])
         return reply["result"]
 
-    def _counter(self) -> int:
-        """How many groups this rank made before over this store: the same number on every rank."""
-        return self._add(f"stillroom/{self.rank}/groups", 1)
-
     def _reasons(self, key: str) -> str:
         for rank in range(self.world):
             name = f"{key}/failure/{rank}"
@@ -159,6 +155,20 @@ class StoreGroup(Solo):
                 f"rank {self.rank} lost the other ranks while saving, after {waited:.0f} s: {reason}\n"
                 "help: a rank may have died or hang; the checkpoints before are intact."
             ) from error
+
+
+_CONNECTIONS: list[tuple[Any, Any]] = []
+
+
+def _connection() -> Any:
+    """A connection of our own to the job's store: a wait in the background must not hold up what training asks it.
+
+    One for the process: torch 2.13 takes five seconds to connect when the server is busy accepting another.
+    """
+    store: Any = dist.distributed_c10d._get_process_group_store(dist.distributed_c10d._get_default_group())
+    if not _CONNECTIONS or _CONNECTIONS[0][0] is not store:
+        _CONNECTIONS[:] = [(store, store.clone())]
+    return _CONNECTIONS[0][1]
 
 
 def group_of(process_group: Any, timeout_s: float) -> Solo:

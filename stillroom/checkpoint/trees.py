@@ -7,7 +7,7 @@ or dictionaries, and a leaf otherwise; a tuple is a leaf. DCP keeps keys as text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -138,3 +138,20 @@ def paths(shape: Shape, way: tuple[str | int, ...] = ()) -> dict[str, tuple[str 
     for key, entry in shape.get("dict", ()):
         found |= paths(entry, (*way, str(key)))
     return found
+
+
+def merged(shapes: Sequence[Shape]) -> Shape:
+    """One tree with the leaves of all; where they differ in kind, the first one's."""
+    first, *others = shapes
+    if isinstance(first, str) or all(other == first for other in others):
+        return first
+    if "list" in first:
+        lists = [shape["list"] for shape in shapes if not isinstance(shape, str) and "list" in shape]
+        longest = max(map(len, lists))
+        return {"list": [merged([each[index] for each in lists if index < len(each)]) for index in range(longest)]}
+    entries: dict[Any, list[Shape]] = {}
+    for shape in shapes:
+        if not isinstance(shape, str):
+            for key, below in shape.get("dict", ()):
+                entries.setdefault(key, []).append(below)
+    return {"dict": [[key, merged(below)] for key, below in entries.items()]}
