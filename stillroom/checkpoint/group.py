@@ -79,8 +79,8 @@ class StoreGroup(Solo):
             self._set(f"{key}/failure/{self.rank}", failure.encode())
         total = self._add(key, 1 + CHANGED * changed + FAILED * bool(failure))
         if total % CHANGED == self.world:
-            self._set(f"{key}/outcome", str(total).encode())
-        total = int(self._get(f"{key}/outcome"))
+            self._set(f"{key}/o", str(total).encode())
+        total = int(self._get(f"{key}/o"))
         if total >= FAILED:
             raise CheckpointError(failure or self._reasons(key))
         return total >= CHANGED
@@ -139,8 +139,8 @@ class StoreGroup(Solo):
         return int(self._try(lambda: self._store.add(key, amount)))
 
     def _get(self, key: str) -> bytes:
-        self.bytes_sent += 2 * len(key)
-        self._try(lambda: self._store.wait([key], timedelta(seconds=self._timeout_s)))
+        self.bytes_sent += len(key)
+        self._store.set_timeout(timedelta(seconds=self._timeout_s))
         value: bytes = self._try(lambda: self._store.get(key))
         self.bytes_received += len(value)
         return value
