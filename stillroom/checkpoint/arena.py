@@ -17,6 +17,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ class Arena:
         self._head = (self._table[0] + len(table), len(layout.sidecar_head))
         self._metadata = (sum(self._head), len(layout.metadata))
         self.size_bytes = _round_up(max(1, sum(self._metadata)))
+        # Asked first: a machine that runs out while the pages are being reserved ends processes instead.
+        if self.size_bytes > (available := available_bytes()):
+            raise _too_little(self.size_bytes, f"{available:,} are available")
         self.descriptor = os.memfd_create("stillroom-checkpoint", os.MFD_CLOEXEC)
         try:
             # Reserved now: a page that cannot be had later would end the process with SIGBUS.
@@ -54,10 +58,7 @@ class Arena:
             self._map = mmap.mmap(self.descriptor, self.size_bytes)
         except OSError as error:
             os.close(self.descriptor)
-            raise CheckpointError(
-                f"{self.size_bytes:,} bytes of shared memory for staging could not be had: {error.strerror}.\n"
-                "help: one copy of what this rank saves is needed; free memory, or save over more ranks."
-            ) from error
+            raise _too_little(self.size_bytes, str(error.strerror)) from error
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -120,6 +121,23 @@ class Arena:
         self._map[place.offset : begin] = frame.head
         self._map[end : end + len(frame.tail)] = frame.tail
         return copyable(self._memory[begin:end].view(dtype).view(place.item.sizes))
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, within the container's limit where there is one (cgroup 2)."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return available
+
+
+def _too_little(size_bytes: int, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{size_bytes:,} bytes of shared memory for staging could not be had: {why}.\n"
+        "help: one copy of what this rank saves is needed; free memory, or save over more ranks."
+    )
 
 
 def _row(place: Any) -> bytes:

@@ -104,10 +104,12 @@ class Daemon:
         for arena in self._arenas.values():
             self._send_arena(arena)
 
-    def _stop(self) -> None:
+    def _stop(self, at_once: bool = False) -> None:
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
+            if at_once:
+                self._process.kill()
             try:
                 self._process.wait(timeout=10)
             except subprocess.TimeoutExpired:
@@ -137,7 +139,7 @@ class Daemon:
                     raise WriterDied
                 self._unread += data
         except TimeoutError:
-            self._stop()
+            self._stop(at_once=True)
             raise CheckpointError(
                 f"the checkpoint writer did not finish `{request['op']}` within {timeout_s:g} s.\n"
                 "help: the disk may hang; raise `timeout_s` of CheckpointConfig if it is only slow."
