@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at training data before anything is spent on it.")
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, check them, turn them into other files.")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -156,6 +158,58 @@ def data_check(
     print(json.dumps(insights.to_json()))
     if insights.accepted < minimum:
         raise typer.Exit(1)
+
+
+Root = Annotated[Path, typer.Argument(help="Folder of checkpoints, such as runs/x/checkpoints.", metavar="ROOT")]
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(root: Root) -> None:
+    """List the committed checkpoints under ROOT with their sizes and metrics."""
+    from stillroom.checkpoint import Checkpointer
+
+    found = [
+        {"step": info.step, "bytes": info.size_bytes, "metrics": dict(info.metrics)}
+        for info in Checkpointer(root).committed()
+    ]
+    for entry in found:
+        print(f"{entry['step']:>10}  {entry['bytes']:>16,} bytes  {entry['metrics'] or ''}".rstrip())
+    print(json.dumps({"root": str(root), "checkpoints": found}))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    root: Root,
+    step: Annotated[int | None, typer.Option(help="Only this one [default: all].")] = None,
+) -> None:
+    """Read every byte of the committed checkpoints under ROOT; exit 1 if any does not match its checksum."""
+    from stillroom.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(root)
+    steps = checkpointer.steps() if step is None else [step]
+    damaged = {step: lines for step in steps if (lines := checkpointer.verify(step))}
+    for number, lines in damaged.items():
+        print("\n".join(f"step {number}: {line}" for line in lines))
+    print(json.dumps({"root": str(root), "checked": steps, "damaged": damaged}))
+    raise typer.Exit(1 if damaged else 0)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    root: Root,
+    out: Annotated[Path, typer.Argument(help="Folder to make for safetensors; a file for torch.", metavar="OUT")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint [default: the newest].")] = None,
+    format: Annotated[str, typer.Option(help="safetensors or torch.")] = "safetensors",
+    prefix: Annotated[str, typer.Option(help="Only this branch of the state, such as weights.")] = "",
+) -> None:
+    """Turn a checkpoint into safetensors, sharded as Transformers loads them, or into one file of torch.save."""
+    from stillroom.checkpoint import Checkpointer, exporting
+
+    if format not in ("safetensors", "torch"):
+        raise typer.BadParameter(f"--format is safetensors or torch, not {format}")
+    path = Checkpointer(root).path_of(step)
+    export = exporting.export_safetensors if format == "safetensors" else exporting.export_torch
+    print(json.dumps(export(path, out, prefix)))
 
 
 def main() -> None:

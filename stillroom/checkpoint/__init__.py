@@ -1,8 +1,12 @@
-"""Training state on disk, committed as a whole or not at all.
+"""Training state on disk, saved behind training's back, committed as a whole or not at all.
 
-with Checkpointer("runs/a/checkpoints", config=CheckpointConfig(keep_latest=3)) as checkpointer:
-    checkpointer.save(step, state).result()
-    checkpointer.load(into=state)      # the newest committed one
+with Checkpointer("runs/a/checkpoints", like=state, config=CheckpointConfig(keep_latest=3)) as checkpointer:
+    save = checkpointer.save(step, state)    # returns once it is safe to go on
+    save.result()                            # waits until it is committed; raises what went wrong
+    checkpointer.load(into=state)            # the newest committed one
+
+`dcp` has `save`, `async_save` and `load` as `torch.distributed.checkpoint` has them; `exporting` turns a checkpoint
+into safetensors or a `torch.save` file.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ if TYPE_CHECKING:
     from stillroom.checkpoint.checkpointer import CheckpointInfo as CheckpointInfo
     from stillroom.checkpoint.checkpointer import Save as Save
     from stillroom.checkpoint.config import CheckpointConfig as CheckpointConfig
+    from stillroom.checkpoint.reading import Snapshot as Snapshot
 
 _HOMES = {
+    "Snapshot": "reading",
     "CheckpointConfig": "config",
     "CheckpointInfo": "checkpointer",
     "Checkpointer": "checkpointer",

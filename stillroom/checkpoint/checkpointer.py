@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +80,8 @@ class Save:
         self._info: CheckpointInfo | None = None
         self._error: BaseException | None = None
         self.seen = self._released = False
+        self._callbacks: list[Callable[[Save], Any]] = []
+        self._lock = threading.Lock()
 
     def staged(self, timeout_s: float | None = None) -> None:
         """Wait until the state may be changed again."""
@@ -105,6 +107,14 @@ class Save:
         assert self._info is not None
         return self._info
 
+    def add_done_callback(self, call: Callable[[Save], Any]) -> None:
+        """Call `call(self)` when it is committed or has failed, on a thread of the Checkpointer; at once if it has."""
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(call)
+                return
+        call(self)
+
     def _mark(self, part: str) -> None:
         self.seconds[part] = time.monotonic() - self._began
 
@@ -112,7 +122,10 @@ class Save:
         self._info, self._error = info, error
         self._mark("committed")
         self._staged.set()
-        self._done.set()
+        with self._lock:
+            self._done.set()
+        for call in self._callbacks:
+            call(self)
 
 
 @dataclass
@@ -266,6 +279,21 @@ class Checkpointer:
         matches = (STEP_NAME.fullmatch(path.name) for path in self.root.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
+    def committed(self) -> list[CheckpointInfo]:
+        """The committed checkpoints, by step."""
+        return [self._info(step) for step in self.steps()]
+
+    def path_of(self, step: int | None = None) -> Path:
+        """The directory of a committed checkpoint, the newest by default.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        chosen = self._choose(step)
+        if chosen is None:
+            raise CheckpointError(f"there is no checkpoint in {self.root}.")
+        return self._path(chosen)
+
     def verify(self, step: int) -> list[str]:
         """What of a checkpoint does not match its checksums, one line each; empty when all is well."""
         try:
@@ -412,7 +440,10 @@ class Checkpointer:
                 failed = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
                 with contextlib.suppress(CheckpointError):
                     assert self._daemon is not None
-                    self._daemon.ask({"op": "drop", "folder": str(self.root / job.name)}, self.config.timeout_s)
+                    self._daemon.ask(
+                        {"op": "drop", "folder": str(self._path(job.save.step).parent / job.name)},
+                        self.config.timeout_s,
+                    )
                 note(f"step {job.save.step} was not saved: {failed}")
                 self._give_back(job)
                 job.save._finish(None, failed)
@@ -428,7 +459,8 @@ class Checkpointer:
     def _commit(self, job: _Job) -> CheckpointInfo:
         """Write, vote, commit."""
         assert self._daemon is not None
-        folder, final = self.root / job.name, self._path(job.save.step)
+        final = self._path(job.save.step)
+        folder = final.parent / job.name
         if job.state is not None:
             self._stage(job)
         failure = job.failure
@@ -436,7 +468,7 @@ class Checkpointer:
             try:
                 self._daemon.ask(job.arena.write_request(str(folder)), self.config.timeout_s)
             except CheckpointError as error:
-                failure = f"step {job.save.step} could not be written to {self.root}: {error}"
+                failure = f"step {job.save.step} could not be written to {final.parent}: {error}"
         # A tensor's version is raised when an operation ends, so one that overlapped the copy shows only now.
         if job.state is not None and job.state.changed() and not job.save._released:
             failure = failure or CHANGED

@@ -93,6 +93,7 @@ class Snapshot:
 
     Attributes:
         record: step, metrics and world size as they were saved; empty for one that DCP wrote.
+        metadata: DCP's `Metadata`.
         shape: the tree of the state.
         tensors, values: what is stored, by name.
         bytes_used: payload bytes that were asked for so far, checked blocks counted whole.
@@ -115,6 +116,7 @@ class Snapshot:
         if sidecars and sidecars[0]["metadata_crc32"] != zlib.crc32(raw):
             raise self.corrupt(f"{METADATA} does not match its checksum")
         metadata = self._unpickle(raw)
+        self.metadata = metadata
         self._index(metadata)
         self.paths = metadata.planner_data or {name: (name,) for name in metadata.state_dict_metadata}
         self.shape = sidecars[0]["shape"] if sidecars else trees.shape_from_paths(self.paths)

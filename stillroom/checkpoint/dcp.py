@@ -1,0 +1,199 @@
+"""`save`, `async_save` and `load` with the signatures of `torch.distributed.checkpoint`: swap the import.
+
+    import stillroom.checkpoint.dcp as dcp
+
+Each argument is honoured or refused. Storage writers and readers, planners and `use_collectives=False` are refused:
+they would replace what this engine is. An `async_stager` is not called, since staging is the arena's; giving one only
+asks for an `AsyncSaveResponse`, as it does in DCP. `async_checkpointer_type` makes no difference: the writer is always
+a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from stillroom.checkpoint import trees
+from stillroom.checkpoint.checkpointer import Checkpointer, Save
+from stillroom.checkpoint.config import CheckpointConfig
+from stillroom.checkpoint.group import Solo
+from stillroom.checkpoint.loading import Load
+from stillroom.checkpoint.reading import Snapshot
+from stillroom.errors import CheckpointError
+
+EVERY = 1 << 60
+"""DCP keeps whatever was saved, so nothing is ever superfluous."""
+
+
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Any = None,
+    storage_writer: Any = None,
+    planner: Any = None,
+    process_group: Any = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Any:
+    """Save `state_dict` as the directory `checkpoint_id`, and wait until it is committed.
+
+    Returns:
+        The checkpoint's `torch.distributed.checkpoint.metadata.Metadata`.
+
+    Raises:
+        CheckpointError: it was not saved, on any rank; or an argument is refused.
+    """
+    _refuse(storage_writer=storage_writer, planner=planner, use_collectives=use_collectives or None)
+    _begin(state_dict, checkpoint_id, process_group, no_dist).result()
+    return Snapshot(checkpoint_id).metadata
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Any = None,
+    storage_writer: Any = None,
+    planner: Any = None,
+    process_group: Any = None,
+    async_checkpointer_type: Any = None,
+    async_stager: Any = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Any:
+    """Save in the background; returns when the state may be changed again.
+
+    Returns:
+        A `Future` that ends when the checkpoint is committed; with a stager an `AsyncSaveResponse` of two.
+    """
+    _refuse(storage_writer=storage_writer, planner=planner, use_collectives=use_collectives or None)
+    begun = _begin(state_dict, checkpoint_id, process_group, no_dist)
+    done: Future[None] = Future()
+    begun.add_done_callback(lambda save: _settle(save, done))
+    if async_stager is None:
+        return done
+    from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+
+    staged: Future[None] = Future()
+    staged.set_result(None)
+    return AsyncSaveResponse(staging_completion=staged, upload_completion=done)
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Any = None,
+    storage_reader: Any = None,
+    planner: Any = None,
+    process_group: Any = None,
+    no_dist: bool = False,
+    trust: bool = False,
+) -> None:
+    """Fill `state_dict` in place with what the checkpoint has for its keys; `Stateful` members load their part.
+
+    Args:
+        trust: unpickle values of any class, as DCP always does.
+
+    Raises:
+        CheckpointError: a key is not in the checkpoint, or does not fit. Nothing was changed.
+        CheckpointCorrupt: something does not match its checksum. Nothing was changed.
+    """
+    _refuse(storage_reader=storage_reader, planner=planner)
+    engine = _engine(process_group, no_dist)
+    plain = _plain(state_dict)
+    number = engine.next_number()
+    try:
+        loading = Load(Snapshot(_path(checkpoint_id)), plain, trees.leaves(plain).keys(), trust)
+        if loading.absent:
+            raise CheckpointError(f"{checkpoint_id} has no {loading.absent[0]!r} ({len(loading.absent)} keys missing).")
+    except Exception as error:
+        engine.give_up(number, str(error))
+        raise
+    engine.agree(number)
+    loading.apply()
+    for key, member in state_dict.items():
+        if _is_stateful(member):
+            member.load_state_dict(plain[key])
+        else:
+            state_dict[key] = plain[key]
+
+
+class _Folders(Checkpointer):
+    """A Checkpointer whose checkpoints lie wherever the caller says."""
+
+    def __init__(self, process_group: Any, alone: bool) -> None:
+        self._targets: dict[int, Path] = {}
+        super().__init__(".", config=CheckpointConfig(keep_latest=EVERY), process_group=process_group)
+        if alone:
+            self._group = Solo()
+
+    def save_as(self, path: Path, state: dict[str, Any]) -> Save:
+        number = len(self._targets)
+        self._targets[number] = path
+        return self.save(number, state)
+
+    def next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers - 1
+
+    def agree(self, number: int) -> None:
+        self._group.agree(f"{number}/loaded")
+
+    def give_up(self, number: int, reason: str) -> None:
+        with contextlib.suppress(CheckpointError):
+            self._group.agree(f"{number}/loaded", failure=reason)
+
+    def steps(self) -> list[int]:
+        return []
+
+    def _path(self, step: int) -> Path:
+        return self._targets[step]
+
+
+_ENGINES: dict[Any, _Folders] = {}
+
+
+def _engine(process_group: Any, alone: bool) -> _Folders:
+    """One engine for each group of ranks, kept: its memory and its plan serve the next save."""
+    key = (process_group, alone)
+    if key not in _ENGINES:
+        _ENGINES[key] = _Folders(process_group, alone)
+    return _ENGINES[key]
+
+
+def _begin(state_dict: dict[str, Any], checkpoint_id: Any, process_group: Any, no_dist: bool) -> Save:
+    return _engine(process_group, no_dist).save_as(_path(checkpoint_id), _plain(state_dict))
+
+
+def _settle(save: Save, done: Future[None]) -> None:
+    try:
+        save.result()
+    except CheckpointError as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+
+
+def _plain(state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {key: member.state_dict() if _is_stateful(member) else member for key, member in state_dict.items()}
+
+
+def _is_stateful(member: Any) -> bool:
+    from torch.distributed.checkpoint.stateful import Stateful
+
+    return isinstance(member, Stateful)
+
+
+def _path(checkpoint_id: Any) -> Path:
+    if checkpoint_id is None:
+        raise CheckpointError("checkpoint_id is needed: the directory of the checkpoint.")
+    return Path(checkpoint_id).absolute()
+
+
+def _refuse(use_collectives: Any = True, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise CheckpointError(f"{name} is not supported here.\nhelp: leave it out, or call torch's own DCP.")
+    if use_collectives is None:
+        raise CheckpointError("use_collectives=False is not supported here.\nhelp: call torch's own DCP.")
