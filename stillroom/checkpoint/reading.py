@@ -225,7 +225,10 @@ class Snapshot:
         first, last = begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
         start = piece.offset + checked.head_bytes
         span = start + first * BLOCK_BYTES, start + min((last + 1) * BLOCK_BYTES, checked.payload_bytes)
-        data = self._map(piece.file)[span[0] : span[1]]
+        whole = self._map(piece.file)
+        page = span[0] // mmap.PAGESIZE * mmap.PAGESIZE
+        whole.obj.madvise(mmap.MADV_WILLNEED, page, span[1] - page)  # type: ignore[attr-defined]
+        data = whole[span[0] : span[1]]
         self.bytes_used += len(data)
         before = checked.blocks[first - 1] if first else 0
         found = crc32(data, before)
@@ -285,6 +288,8 @@ class Snapshot:
                 raise self.corrupt(f"{file} has {size} bytes, written were {expected or 'more'}")
             # Private and writable: torch wants memory that it could write; the file stays as it is.
             mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            # What is needed is asked for by range; reading ahead of it would read many times as much.
+            mapped.madvise(mmap.MADV_RANDOM)
         finally:
             os.close(descriptor)
         return self._maps.setdefault(file, memoryview(mapped))
