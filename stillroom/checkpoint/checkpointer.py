@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stillroom.checkpoint import layouts, trees
+from stillroom.checkpoint import layouts, planning
 from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.config import CheckpointConfig
 from stillroom.checkpoint.daemon import Daemon
@@ -383,15 +383,15 @@ class Checkpointer:
             self._release(self._plan)
             self._plan = None
         items, shape = described.items(), described.shape
-        everybodys = self._group.gather(f"{step}/items", (items, shape))
+        everybody = self._group.gather(f"{step}/items", planning.described(items, shape))
         parts, metadata = None, b""
-        if everybodys is not None:
-            shape = trees.merged([shape for _, shape in everybodys])
-            parts, metadata = layouts.plan_for_all([held for held, _ in everybodys], shape)
+        if everybody is not None:
+            parts, metadata, shape = planning.plan_for_all(everybody)
         digest, chosen, failure = self._group.scatter(f"{step}/layout", parts)
         if failure:
             raise CheckpointError(failure)
-        layout = layouts.lay_out(self._group.rank, items, chosen, digest, metadata, shape)
+        mine = range(len(items)) if chosen is None else chosen
+        layout = layouts.lay_out(self._group.rank, items, mine, digest, metadata, shape)
         described.archive_values(layout)
         plan = _Plan(described.signature, layout)
         assert self._daemon is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillroom.checkpoint import CheckpointConfig, Checkpointer, layouts, writer
+from stillroom.checkpoint import CheckpointConfig, Checkpointer, layouts, planning, writer
 from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.reading import RECORD, format_record
 from stillroom.checkpoint.states import DescribedState
@@ -125,8 +125,8 @@ def staged(state, step, root, name):
     """An arena with `state` in it, and the two requests that write and commit it."""
     described = DescribedState(state)
     items = described.items()
-    [(digest, chosen, _)], metadata = layouts.plan_for_all([items], described.shape)
-    layout = layouts.lay_out(0, items, chosen, digest, metadata, described.shape)
+    [(digest, _, _)], metadata, shape = planning.plan_for_all([planning.described(items, described.shape)])
+    layout = layouts.lay_out(0, items, range(len(items)), digest, metadata, shape)
     described.archive_values(layout)
     arena = Arena(layout)
     arena.stage(described.contents)
