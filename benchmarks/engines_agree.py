@@ -2,8 +2,8 @@
 
     python -m benchmarks.engines_agree runs/quickstart
 
-Every held-out item of a finished run, by the run's own rules: the exported safetensors through Transformers, the exported
-GGUF through llama.cpp. The goal is an accuracy within one point (0.01).
+Every held-out item of a finished run, by the run's own rules: the exported safetensors through Transformers, the
+exported GGUF through llama.cpp. The goal is an accuracy within one point (0.01).
 """
 
 from __future__ import annotations
