@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
+
+MISSING = re.compile(r"not installed|could not import|No module named", re.IGNORECASE)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where CI runs, a test that was skipped for a missing tool is a failure: everything is installed there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [report.longrepr for report in reporter.stats.get("skipped", [])] if reporter else []
+    missing = [reason for reason in map(str, skipped) if MISSING.search(reason)]
+    if os.environ.get("CI") and missing:
+        reporter.write_line(f"skipped for a missing tool, which fails here: {missing}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

@@ -101,7 +101,8 @@ class LlamaDecoder:
         for index, layer in enumerate(self.core.layers):
             x_DN = self._step(index, layer, x_DN, rotation, at_N, mask_NL)
         self.lengths_N[:count] += 1
-        return _columns(self.head, _norm_columns(x_DN, self.core.norm)).T
+        # Rows of their own: masking and choosing go through each answer's logits one after the other.
+        return _columns(self.head, _norm_columns(x_DN, self.core.norm)).T.contiguous()
 
     def drop(self, row: int) -> None:
         """Give up a row; the last active one moves into its place."""

@@ -8,6 +8,7 @@ narrow `ChatModel` and evaluation is still fast: give `ask` as many requests at 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import queue
 import threading
 import time
@@ -99,6 +100,7 @@ class TransformersModel(Engine):
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name=f"{self.name} worker", daemon=True)
                 self._worker.start()
+                atexit.register(self.close)  # a thread that still computes when the interpreter ends aborts the process
             self._queue.put(_Item(job, params.stop, future))
         return await asyncio.wrap_future(future)
 
@@ -106,6 +108,7 @@ class TransformersModel(Engine):
         with self._lock:
             worker, self._worker, self._closed = self._worker, None, True
         if worker is not None:
+            atexit.unregister(self.close)
             self._queue.put(None)
             worker.join()
 

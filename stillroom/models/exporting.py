@@ -66,6 +66,9 @@ def _save_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     model.save_pretrained(folder, state_dict=state)
+    for weights in folder.glob("*.safetensors"):
+        # Written for their owner's eyes only, which a server that runs as another user cannot open.
+        weights.chmod((folder / "config.json").stat().st_mode)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
     config.pop("_model_name_or_path", None)

@@ -113,6 +113,8 @@ def _read_tool(item: Any, where: str, limits: Limits) -> ToolSpec:
 def _read_parameters(schema: Any, where: str, limits: Limits) -> dict[str, Any]:
     if schema is None:
         schema = {}
+    if isinstance(schema, bool):
+        raise ParseError(f"{where} must be a schema (an object), but is {_kind(schema)}")
     out = _read_schema(schema, where, 0, limits)
     if out.setdefault("type", "object") != "object":
         raise ParseError(f"{where}.type must be 'object' (BFCL: 'dict'), but is {out['type']!r}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -80,8 +83,8 @@ def test_prompts_that_begin_alike_are_answered_as_each_alone(model):
 def test_an_answer_that_begins_with_words_ends_there_where_only_calls_count(model):
     from stillroom.toolcalls import may_begin_calls
 
-    requests = [question(f"say {index}", max_tokens=60) for index in range(12)]
-    only_calls = [question(f"say {index}", max_tokens=60, calls_first=True) for index in range(12)]
+    requests = [question("say", max_tokens=60, temperature=1.0, seed=seed) for seed in range(12)]
+    only_calls = [Request(one.messages, (), replace(one.params, calls_first=True)) for one in requests]
     ended = 0
     for whole, cut in zip(ask(model, requests), ask(model, only_calls), strict=True):
         assert whole.message.content.startswith(cut.message.content)
@@ -233,3 +236,14 @@ def test_smollm2_answers_alike_alone_and_in_a_batch():
         together = ask(real, requests)
         assert [one.message for one in together] == [generate(real, request).message for request in requests]
         assert "Paris" in together[0].message.content
+
+
+def test_a_program_that_forgets_to_close_its_model_ends_well(tiny_student):
+    program = (
+        "import asyncio, sys; from stillroom.engines import ModelConfig, open_model;"
+        "from stillroom.schema import Message;"
+        "model = open_model(ModelConfig(engine='transformers', path=sys.argv[1], chat_template='chatml-tools'));"
+        "print(asyncio.run(model.generate([Message('user', 'x')])).output_tokens)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tiny_student)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -88,6 +88,7 @@ def test_the_directory_opens_in_transformers_as_it_is(student, tmp_path):
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
     assert weights_bytes(tmp_path) > 0
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # whoever may read one may read all
 
 
 def test_bfloat16_halves_the_file_and_stays_near(student, tmp_path):

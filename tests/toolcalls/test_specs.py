@@ -105,6 +105,7 @@ def test_no_tools_are_no_tools():
         ([{"name": ""}], r"tools\[0\]\.name"),
         ([{"name": "f", "description": 3}], r"tools\[0\]\.description must be text"),
         ([{"name": "f", "parameters": 3}], r"tools\[0\]\.parameters must be a schema"),
+        ([{"name": "f", "parameters": True}], r"tools\[0\]\.parameters must be a schema"),
         ([{"name": "f", "parameters": {"type": "string"}}], r"parameters\.type must be 'object'"),
         ([{"name": "f", "parameters": {"properties": []}}], r"parameters\.properties must be an object"),
         ([{"name": "f", "parameters": {"properties": {"a": 3}}}], r"parameters\.properties\.a must be a schema"),
