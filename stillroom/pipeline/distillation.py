@@ -29,7 +29,7 @@ def distill(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
     started = time.monotonic()
     check_terms(recipe.teacher)
     run = Run.at(recipe, out)
-    with run.store.lock():
+    with run.store.lock(), run:
         write_atomic(out / "recipe.json", recipe.model_dump_json(indent=1))
         data = steps.prepare(run)
         planned = steps.foretell(run, data)
@@ -100,7 +100,7 @@ def record(recipe: Recipe, out: Path, to: Path) -> dict[str, Any]:
     check_terms(recipe.teacher)
     run = Run.at(recipe, out)
     run.opener = lambda config: open_resumed(config, to)
-    with run.store.lock():
+    with run.store.lock(), run:
         data = steps.prepare(run)
         labelled = steps.label(run, data)
         measure_both(run, "teacher", labelled, data)

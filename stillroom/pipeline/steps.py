@@ -92,6 +92,12 @@ class Run:
             self._opened[key] = self.opener(config)
         return self._opened[key]
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_models()
+
     def close_models(self) -> None:
         """Give up all open models: training wants the memory."""
         for model in self._opened.values():

@@ -19,7 +19,7 @@ def few(tiny_student: Path) -> list[str]:
     return [
         f"student.path={tiny_student}",
         "student.gguf=false",
-        "data.max_prompt_tokens=1500",  # the tiny student's tokens are bytes
+        "data.max_prompt_tokens=1000",  # the tiny student's tokens are bytes
         "data.train=12",
         "data.validation=2",
         "data.test=4",
@@ -33,7 +33,7 @@ def few(tiny_student: Path) -> list[str]:
 
 def assert_complete(summary: dict, out: Path) -> None:
     assert summary["items"]["test"] == 4
-    assert set(summary["accuracy"]) == {"base", "teacher", "student"}
+    assert {"base", "teacher", "student"} <= set(summary["accuracy"])
     assert (out / "report.html").stat().st_size > 10_000
     assert (out / "student" / "model.safetensors").exists()
 
