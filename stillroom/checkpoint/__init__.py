@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillroom.checkpoint.checkpointer import Checkpointer as Checkpointer
-    from stillroom.checkpoint.checkpointer import CheckpointInfo as CheckpointInfo
-    from stillroom.checkpoint.checkpointer import Save as Save
     from stillroom.checkpoint.config import CheckpointConfig as CheckpointConfig
     from stillroom.checkpoint.reading import Snapshot as Snapshot
+    from stillroom.checkpoint.saves import CheckpointInfo as CheckpointInfo
+    from stillroom.checkpoint.saves import Save as Save
 
 _HOMES = {
     "Snapshot": "reading",
     "CheckpointConfig": "config",
-    "CheckpointInfo": "checkpointer",
+    "CheckpointInfo": "saves",
     "Checkpointer": "checkpointer",
-    "Save": "checkpointer",
+    "Save": "saves",
 }
 
 __all__ = sorted(_HOMES)

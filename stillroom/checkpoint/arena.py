@@ -25,9 +25,9 @@ from torch import Tensor
 
 from stillroom.checkpoint.framing import copyable, tensor_frame
 from stillroom.checkpoint.layouts import Layout, file_name, sidecar_name
+from stillroom.checkpoint.writer import PAGE_BYTES
 from stillroom.errors import CheckpointError
 
-PAGE_BYTES = 4096
 _IDS = itertools.count()
 
 

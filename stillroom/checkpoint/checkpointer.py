@@ -21,7 +21,6 @@ import contextlib
 import queue
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -36,9 +35,11 @@ from stillroom.checkpoint.daemon import Daemon
 from stillroom.checkpoint.group import Solo, group_of
 from stillroom.checkpoint.layouts import Layout
 from stillroom.checkpoint.loading import Load
-from stillroom.checkpoint.reading import RECORD, STEP_NAME, Snapshot, format_record, parse_record
+from stillroom.checkpoint.reading import STEP_NAME, Snapshot, format_record, parse_record
 from stillroom.checkpoint.retention import superfluous
+from stillroom.checkpoint.saves import CheckpointInfo, Save
 from stillroom.checkpoint.states import DescribedState
+from stillroom.checkpoint.writer import RECORD
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.telemetry import note
 
@@ -46,86 +47,6 @@ CHANGED = (
     "the state was changed before it was staged.\n"
     "help: wait for `Save.staged()` before `optimizer.step()`; `Checkpointer.guard(optimizer)` does that."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """A committed checkpoint.
-
-    Attributes:
-        size_bytes: of all its files.
-        metrics: as they were given to `save`.
-        absent: after a load, leaves of the state that the checkpoint does not have; they stayed as they were.
-    """
-
-    step: int
-    path: Path
-    size_bytes: int
-    metrics: Mapping[str, float]
-    absent: tuple[str, ...] = ()
-
-
-class Save:
-    """A save under way: what `Checkpointer.save` returns.
-
-    Attributes:
-        seconds: how long its parts took so far: `blocked`, `staged`, `written`, `committed`.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.seconds: dict[str, float] = {}
-        self._began = time.monotonic()
-        self._staged, self._done = threading.Event(), threading.Event()
-        self._info: CheckpointInfo | None = None
-        self._error: BaseException | None = None
-        self.seen = self._released = False
-        self._callbacks: list[Callable[[Save], Any]] = []
-        self._lock = threading.Lock()
-
-    def staged(self, timeout_s: float | None = None) -> None:
-        """Wait until the state may be changed again."""
-        if not self._staged.wait(timeout_s):
-            raise CheckpointError(f"step {self.step} was not staged within {timeout_s} s.")
-        self._released = True
-
-    def done(self) -> bool:
-        """Whether it is committed, or has failed."""
-        return self._done.is_set()
-
-    def result(self, timeout_s: float | None = None) -> CheckpointInfo:
-        """Wait until the checkpoint is committed on all ranks.
-
-        Raises:
-            CheckpointError: it could not be; nothing was committed, and the checkpoints before are intact.
-        """
-        if not self._done.wait(timeout_s):
-            raise CheckpointError(f"step {self.step} was not committed within {timeout_s} s.")
-        self.seen = True
-        if self._error is not None:
-            raise self._error
-        assert self._info is not None
-        return self._info
-
-    def add_done_callback(self, call: Callable[[Save], Any]) -> None:
-        """Call `call(self)` when it is committed or has failed, on a thread of the Checkpointer; at once if it has."""
-        with self._lock:
-            if not self._done.is_set():
-                self._callbacks.append(call)
-                return
-        call(self)
-
-    def _mark(self, part: str) -> None:
-        self.seconds[part] = time.monotonic() - self._began
-
-    def _finish(self, info: CheckpointInfo | None, error: BaseException | None = None) -> None:
-        self._info, self._error = info, error
-        self._mark("committed")
-        self._staged.set()
-        with self._lock:
-            self._done.set()
-        for call in self._callbacks:
-            call(self)
 
 
 @dataclass
@@ -207,7 +128,7 @@ class Checkpointer:
         self._start()
         self._ready()
         save = Save(step)
-        number, self._numbers = self._numbers, self._numbers + 1
+        number = self._next_number()
         described, failure = None, ""
         try:
             described = DescribedState(state)
@@ -258,18 +179,11 @@ class Checkpointer:
                 rank could not load. Nothing was copied.
         """
         self._ready()
-        number, self._numbers = self._numbers, self._numbers + 1
+        number = self._next_number()
         chosen = self._group.broadcast(f"{number}/load", lambda: self._choose(step))
         if chosen is None:
             return None
-        try:
-            load = Load(Snapshot(self._path(chosen)), into, keys, trust)
-        except Exception as error:
-            with contextlib.suppress(CheckpointError):
-                self._group.agree(f"{number}/loaded", failure=str(error))
-            raise
-        self._group.agree(f"{number}/loaded")
-        load.apply()
+        load = self._load_together(number, lambda: Load(Snapshot(self._path(chosen)), into, keys, trust))
         return self._info(chosen, load.absent)
 
     def steps(self) -> list[int]:
@@ -366,6 +280,23 @@ class Checkpointer:
         if self._group.rank == 0:
             with contextlib.suppress(CheckpointError):
                 self._daemon.ask({"op": "sweep", "root": str(self.root)})
+
+    def _next_number(self) -> int:
+        """What this call is called between the ranks, which count alike."""
+        number, self._numbers = self._numbers, self._numbers + 1
+        return number
+
+    def _load_together(self, number: int, read: Callable[[], Load]) -> Load:
+        """Read and check on every rank, and copy only where all could."""
+        try:
+            load = read()
+        except Exception as error:
+            with contextlib.suppress(CheckpointError):
+                self._group.agree(f"{number}/loaded", failure=str(error))
+            raise
+        self._group.agree(f"{number}/loaded")
+        load.apply()
+        return load
 
     def _prepare_early(self, described: DescribedState) -> None:
         # What goes wrong now goes wrong again at the first save, where somebody hears of it.

@@ -10,17 +10,18 @@ a process of its own.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from stillroom.checkpoint import trees
-from stillroom.checkpoint.checkpointer import Checkpointer, Save
+from stillroom.checkpoint.checkpointer import Checkpointer
 from stillroom.checkpoint.config import CheckpointConfig
 from stillroom.checkpoint.group import Solo
 from stillroom.checkpoint.loading import Load
 from stillroom.checkpoint.reading import Snapshot
+from stillroom.checkpoint.saves import Save
 from stillroom.errors import CheckpointError
 
 EVERY = 1 << 60
@@ -45,7 +46,7 @@ def save(
     Raises:
         CheckpointError: it was not saved, on any rank; or an argument is refused.
     """
-    _refuse(storage_writer=storage_writer, planner=planner, use_collectives=use_collectives or None)
+    _refuse(use_collectives, storage_writer=storage_writer, planner=planner)
     _begin(state_dict, checkpoint_id, process_group, no_dist).result()
     return Snapshot(checkpoint_id).metadata
 
@@ -67,7 +68,7 @@ def async_save(
     Returns:
         A `Future` that ends when the checkpoint is committed; with a stager an `AsyncSaveResponse` of two.
     """
-    _refuse(storage_writer=storage_writer, planner=planner, use_collectives=use_collectives or None)
+    _refuse(use_collectives, storage_writer=storage_writer, planner=planner)
     begun = _begin(state_dict, checkpoint_id, process_group, no_dist)
     done: Future[None] = Future()
     begun.add_done_callback(lambda save: _settle(save, done))
@@ -100,18 +101,8 @@ def load(
         CheckpointCorrupt: something does not match its checksum. Nothing was changed.
     """
     _refuse(storage_reader=storage_reader, planner=planner)
-    engine = _engine(process_group, no_dist)
     plain = _plain(state_dict)
-    number = engine.next_number()
-    try:
-        loading = Load(Snapshot(_path(checkpoint_id)), plain, trees.leaves(plain).keys(), trust)
-        if loading.absent:
-            raise CheckpointError(f"{checkpoint_id} has no {loading.absent[0]!r} ({len(loading.absent)} keys missing).")
-    except Exception as error:
-        engine.give_up(number, str(error))
-        raise
-    engine.agree(number)
-    loading.apply()
+    _engine(process_group, no_dist).load_from(lambda: _whole(_path(checkpoint_id), plain, trust))
     for key, member in state_dict.items():
         if _is_stateful(member):
             member.load_state_dict(plain[key])
@@ -133,16 +124,8 @@ class _Folders(Checkpointer):
         self._targets[number] = path
         return self.save(number, state)
 
-    def next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers - 1
-
-    def agree(self, number: int) -> None:
-        self._group.agree(f"{number}/loaded")
-
-    def give_up(self, number: int, reason: str) -> None:
-        with contextlib.suppress(CheckpointError):
-            self._group.agree(f"{number}/loaded", failure=reason)
+    def load_from(self, read: Callable[[], Load]) -> None:
+        self._load_together(self._next_number(), read)
 
     def steps(self) -> list[int]:
         return []
@@ -164,6 +147,14 @@ def _engine(process_group: Any, alone: bool) -> _Folders:
 
 def _begin(state_dict: dict[str, Any], checkpoint_id: Any, process_group: Any, no_dist: bool) -> Save:
     return _engine(process_group, no_dist).save_as(_path(checkpoint_id), _plain(state_dict))
+
+
+def _whole(path: Path, into: dict[str, Any], trust: bool) -> Load:
+    """A load of every leaf of `into`, none of which may be absent."""
+    load = Load(Snapshot(path), into, trees.leaves(into).keys(), trust)
+    if load.absent:
+        raise CheckpointError(f"{path} has no {load.absent[0]!r} ({len(load.absent)} keys missing).")
+    return load
 
 
 def _settle(save: Save, done: Future[None]) -> None:
@@ -191,9 +182,9 @@ def _path(checkpoint_id: Any) -> Path:
     return Path(checkpoint_id).absolute()
 
 
-def _refuse(use_collectives: Any = True, **arguments: Any) -> None:
+def _refuse(use_collectives: bool = True, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise CheckpointError(f"{name} is not supported here.\nhelp: leave it out, or call torch's own DCP.")
-    if use_collectives is None:
+    if not use_collectives:
         raise CheckpointError("use_collectives=False is not supported here.\nhelp: call torch's own DCP.")

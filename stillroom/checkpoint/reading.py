@@ -28,17 +28,11 @@ from torch import Tensor
 from stillroom.checkpoint import trees
 from stillroom.checkpoint.framing import tensor_frame
 from stillroom.checkpoint.layouts import sidecar_name
-from stillroom.checkpoint.writer import BLOCK_BYTES, SIDECAR_MAGIC
+from stillroom.checkpoint.writer import BLOCK_BYTES, RECORD, SIDECAR_MAGIC, crc32
 from stillroom.errors import CheckpointCorrupt, CheckpointError
-
-try:
-    from isal.isal_zlib import crc32
-except ImportError:
-    crc32 = zlib.crc32
 
 METADATA = ".metadata"
 STEP_NAME = re.compile(r"step-(\d{8,})")
-RECORD = "checkpoint.json"
 READERS = min(8, os.cpu_count() or 1)
 ADMITTED = {
     "torch.distributed.checkpoint.metadata": {

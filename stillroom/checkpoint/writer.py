@@ -45,6 +45,7 @@ PIECE_BYTES = 16 << 20
 
 PAGE_BYTES = 4096
 SIDECAR_MAGIC = b"stillroom checksums 1\n"
+RECORD = "checkpoint.json"
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
@@ -330,7 +331,7 @@ def _sync_folder(path: str) -> None:
 def _committed(final: str, token: str) -> bool:
     """Whether an earlier try, cut short after its rename, did it already."""
     try:
-        with open(os.path.join(final, "checkpoint.json"), encoding="utf-8") as file:
+        with open(os.path.join(final, RECORD), encoding="utf-8") as file:
             return bool(json.load(file)["record"]["token"] == token)
     except (OSError, ValueError, KeyError, TypeError):
         return False

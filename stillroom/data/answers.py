@@ -45,7 +45,7 @@ def example_of(
         raise Reject(Reason.NO_PROMPT, "has no message of the role user to answer")
     identity = identity or PromptId(_digest(prompt, tools).hex())
     targets = (Target(answer, origin, model),) if answer is not None else ()
-    expected = expected_answer(answer, tools) if answer is not None and origin == "golden" else None
+    expected = _expected(answer, tools) if answer is not None and origin == "golden" else None
     return Example(identity, prompt, tools, targets, expected, category, None, source, (), metadata or {})
 
 
@@ -74,7 +74,7 @@ def _digest(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> bytes:
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=ID_BYTES).digest()
 
 
-def expected_answer(answer: Message, tools: Sequence[ToolSpec]) -> Any:
+def _expected(answer: Message, tools: Sequence[ToolSpec]) -> Any:
     """What scoring accepts, given an answer known to be right: its calls, or its text.
 
     None where it calls a tool that was not offered: such a record can be learnt from, and not be scored.

@@ -80,11 +80,12 @@ class LlamaDecoder:
         ids_T = torch.tensor([token for prompt in prompts for token in prompt[begin:]], device=device)
         positions_T = torch.cat([torch.arange(begin, begin + size, device=device) for size in sizes])
         rotation = self.cos_LE[positions_T, None], self.sin_LE[positions_T, None]
+        masks = [self._after_shared(size) for size in sizes]
         x_TD = self.core.embed_tokens.weight[ids_T]
         *others, last = self.core.layers
         for index, layer in enumerate(others):
-            x_TD = self._read(index, layer, x_TD, rotation, sizes, None)
-        x_ND = self._read(len(others), last, x_TD, rotation, sizes, ends - 1)
+            x_TD = self._read(index, layer, x_TD, rotation, sizes, masks, None)
+        x_ND = self._read(len(others), last, x_TD, rotation, sizes, masks, ends - 1)
         self.lengths_N[self.active : self.active + len(sizes)] = torch.tensor(sizes, device=device) + begin
         self.active += len(sizes)
         return functional.linear(_norm(x_ND, self.core.norm), self.head.weight, self.head.bias)
@@ -121,6 +122,7 @@ class LlamaDecoder:
         x_TD: Tensor,
         rotation: tuple[Tensor, Tensor],
         sizes: list[int],
+        masks: list[Tensor | None],
         only: Tensor | None,
     ) -> Tensor:
         """One layer over whole prompts, its keys and values kept; with `only`, just those rows of its output."""
@@ -132,7 +134,7 @@ class LlamaDecoder:
             q, k = _norm(q, attention.q_norm), _norm(k, attention.k_norm)
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         out, start = torch.empty_like(q), 0
-        for row, size in enumerate(sizes, start=self.active):
+        for row, (size, mask) in enumerate(zip(sizes, masks, strict=True), start=self.active):
             part, end = slice(start, start + size), self.shared + size
             self.keys[index, row, :, self.shared : end] = k[part].transpose(0, 1)
             self.values[index, row, :, self.shared : end] = v[part].transpose(0, 1)
@@ -140,8 +142,8 @@ class LlamaDecoder:
                 q[part].transpose(0, 1)[None],
                 self.keys[index, row, None, :, :end],
                 self.values[index, row, None, :, :end],
-                attn_mask=self._after_shared(size) if self.shared else None,
-                is_causal=not self.shared,
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=self.scale,
                 enable_gqa=True,
             )
@@ -155,8 +157,10 @@ class LlamaDecoder:
         gate = functional.silu(_linear(mlp.gate_proj, h_TD)).mul_(_linear(mlp.up_proj, h_TD))
         return x_TD + _linear(mlp.down_proj, gate)
 
-    def _after_shared(self, size: int) -> Tensor:
-        """Which keys each of `size` tokens after the shared beginning sees, [size, shared + size]."""
+    def _after_shared(self, size: int) -> Tensor | None:
+        """Which keys each of `size` tokens after the shared beginning sees, [size, shared + size]; None without one."""
+        if not self.shared:
+            return None
         seen = torch.ones(size, self.shared + size, dtype=torch.bool, device=self.lengths_N.device)
         return seen.tril_(self.shared)
 

@@ -119,11 +119,11 @@ def speed_of_answers(result: Result) -> Speed | None:
 
     For an endpoint, whose requests do not share one computer with each other as far as its user can see.
     """
-    timed = [item for item in result.items if item.latency_s is not None]
+    timed = [(i.latency_s, i.input_tokens, i.output_tokens) for i in result.items if i.latency_s is not None]
     if len(timed) < LEAST_CALLS:
         return None
-    tokens = sum(item.input_tokens for item in timed), sum(item.output_tokens for item in timed)
-    return _summary([item.latency_s for item in timed if item.latency_s is not None], *tokens, result.confidence)
+    seconds, inputs, outputs = zip(*timed, strict=True)
+    return _summary(list(seconds), sum(inputs), sum(outputs), result.confidence)
 
 
 def _summary(seconds: list[float], inputs: int, outputs: int, confidence: float) -> Speed:

@@ -41,7 +41,7 @@ PREPARE_ROOMS = ("data", "toolcalls", "schema")
 LABEL_ROOMS = ("teacher", "engines", "toolcalls", "schema")
 MEASURING = (
     "measuring", "scoring", "function_calling", "classification", "free_text", "judging", "few_shot", "latency",
-    "results", "wording", "config",
+    "results", "statistics", "wording", "config",
 )  # fmt: skip
 """Modules of `evaluation` that decide a result; changing the others, which show it, measures nothing anew."""
 EVALUATE_ROOMS = (*(f"evaluation/{module}" for module in MEASURING), "engines", "models", "toolcalls", "schema")
@@ -179,7 +179,7 @@ def measure(
     judge = recipe.evaluation.judge.model
     inputs: dict[str, Artifact | str] = {"data": data, "labelled": labelled, **_model_inputs(model)}
     if judge:
-        inputs |= {f"judge {name}": value for name, value in _model_inputs(judge).items()}
+        inputs |= _model_inputs(judge, "judge model")
 
     def build(folder: Path, work: Path) -> None:
         opened = run.model(located(model))
@@ -289,9 +289,9 @@ def _measured_by(config: EvalConfig) -> dict[str, Any]:
     return {k: v for k, v in plain(config).items() if k not in ("report_items", "min_gap", "bootstrap_samples")}
 
 
-def _model_inputs(model: ModelConfig) -> dict[str, Artifact | str]:
+def _model_inputs(model: ModelConfig, role: str = "model") -> dict[str, Artifact | str]:
     """Digest of the files that a local or recorded model is made of; an endpoint has none."""
-    return {"model": _weights_digest(str(resolve_path(model.path)))} if model.path else {}
+    return {role: _weights_digest(str(resolve_path(model.path)))} if model.path else {}
 
 
 def located(model: ModelConfig) -> ModelConfig:
