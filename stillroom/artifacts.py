@@ -183,9 +183,8 @@ def lineage(path: str | Path) -> dict[str, Any]:
     path = Path(path).resolve()
     home = next((p for p in (path, *path.parents) if (p / RECORD).is_file()), None)
     if home is None:
-        raise ArtifactError(
-            f"{path} lies in no artifact.\nhelp: name a path inside a run's artifacts/, or its student/."
-        )
+        what = "lies in no artifact" if path.exists() else "does not exist"
+        raise ArtifactError(f"{path} {what}.\nhelp: name a path inside a run's artifacts/, or its student/.")
     store = Store(home.parent.parent)
     return _tree(store, read_artifact(home))
 

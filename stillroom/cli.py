@@ -15,6 +15,9 @@ import typer
 from stillroom import __version__
 from stillroom.errors import StillroomError
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -219,9 +222,12 @@ def main() -> None:
     except StillroomError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # The framework turns Ctrl-C into an exit of its own, without a word.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         print("\nInterrupted. What is done is kept: run the same command to go on.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 @app.callback(invoke_without_command=True)

@@ -94,6 +94,8 @@ def test_lineage_goes_back_to_the_sources_from_any_file_inside(tmp_path):
     assert tree["parents"]["a"]["parents"] == {"file": "f" * 64}
     with pytest.raises(ArtifactError, match="lies in no artifact"):
         lineage(tmp_path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        lineage(tmp_path / "nothing")
 
 
 def test_a_changed_file_is_named(tmp_path):

@@ -55,6 +55,36 @@ def test_the_layer_table_is_the_tested_one():
     assert documented == LAYERS
 
 
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_every_recipe_in_the_docs_loads(tmp_path):
+    from stillroom.config import load_config
+    from stillroom.pipeline import Recipe
+
+    assert len(blocks("yaml")) == 2
+    for block in blocks("yaml"):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(block, encoding="utf-8")
+        load_config(Recipe, path)
+
+
+def test_every_record_in_the_docs_is_accepted(tmp_path):
+    from stillroom.data import read
+    from stillroom.schema import Example
+
+    (block,) = blocks("jsonl")
+    path = tmp_path / "records.jsonl"
+    path.write_text(block, encoding="utf-8")
+    unlabelled, golden = read(path)
+    assert isinstance(unlabelled, Example)
+    assert isinstance(golden, Example)
+    assert not unlabelled.targets
+    assert golden.expected == [{"get_weather": {"city": ["Rome"]}}]
+
+
 def test_every_setting_named_in_the_sources_exists():
     from stillroom.pipeline import Recipe
 

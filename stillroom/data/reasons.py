@@ -45,7 +45,7 @@ class Reason(StrEnum):
 
     # The line as text.
     LINE_TOO_LONG = "line_too_long", "Shorten the record, or raise the limit on the bytes of a line."
-    INVALID_UTF8 = "invalid_utf8", "Save the file as UTF-8: `iconv -f latin1 -t utf-8 in > out`."
+    INVALID_UTF8 = "invalid_utf8", "Save the file as UTF-8: `iconv -f latin1 -t utf-8 in > out`, or `-f utf-16`."
     INVALID_JSON = "invalid_json", "Write the record with a JSON library; look for single quotes and cut lines."
     DUPLICATE_KEYS = "duplicate_keys", "Keep one of the equal keys: JSON readers disagree about which of them counts."
     TOO_DEEP = "too_deep", "Flatten the record; no prompt or tool needs this many levels."

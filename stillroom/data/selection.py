@@ -56,7 +56,7 @@ def prepare(config: DataConfig, seed: int, count_tokens: CountTokens | None = No
             intake.take(source, bar)
     items = intake.items()
     if len(items) < config.minimum:
-        raise NotEnoughData(_too_few(config, len(items), intake.reasons))
+        raise NotEnoughData(_too_few(config, len(items), intake.reasons + intake.duplicates))
     groups = group(items, seed, by_tools=config.group_by == "tools")
     test, groups = hold_out(groups, "test", config.test, balance=config.balance)
     validation, groups = hold_out(groups, "validation", config.validation, balance=config.balance)
@@ -103,6 +103,10 @@ class _Intake:
     @property
     def reasons(self) -> Counter[str]:
         return sum((each.rejected for each in self.sources), Counter())
+
+    @property
+    def duplicates(self) -> Counter[str]:
+        return Counter({Reason.DUPLICATE_PROMPT: sum(each.repeats for each in self.sources)})
 
     def take(self, source: SourceConfig, bar: Progress) -> None:
         """Read one source."""

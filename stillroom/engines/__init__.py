@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stillroom.engines.budget import Budget
     from stillroom.engines.cache import AnswerCache, answer_key
     from stillroom.engines.config import BudgetConfig, ModelConfig, Price, RetryConfig
-    from stillroom.engines.opening import open_model
+    from stillroom.engines.opening import obstacle, open_model
     from stillroom.engines.recording import Entry, ModelInfo, write_recording
 
 _WHERE = {
@@ -32,6 +32,7 @@ _WHERE = {
     "answer_key": "cache",
     "ask": "asking",
     "ask_async": "asking",
+    "obstacle": "opening",
     "open_model": "opening",
     "write_recording": "recording",
 }
@@ -51,6 +52,7 @@ __all__ = [
     "answer_key",
     "ask",
     "ask_async",
+    "obstacle",
     "open_model",
     "write_recording",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
+from stillroom.config import resolve_path
 from stillroom.engines.base import Engine
 from stillroom.engines.config import ModelConfig
 from stillroom.errors import ModelError
@@ -16,6 +18,25 @@ _ENGINES = {
     "bedrock": ("stillroom.engines.bedrock", "BedrockModel", "bedrock"),
     "recorded": ("stillroom.engines.recorded", "RecordedModel", None),
 }
+
+
+_REMOTE = ("openai", "bedrock")
+
+
+def obstacle(config: ModelConfig) -> str:
+    """Why a model cannot be opened, as far as that shows without loading or asking it; empty where nothing shows.
+
+    A missing file, key or package shows; that an endpoint is down, or a hub id unknown, does not.
+    """
+    if config.engine in _REMOTE:
+        try:
+            open_model(config).close()
+        except ModelError as error:
+            return str(error)
+        return ""
+    path = str(config.path)
+    is_file = config.engine != "transformers" or path.endswith(".gguf") or Path(path).expanduser().is_absolute()
+    return f"there is nothing at {path}" if is_file and not resolve_path(path).exists() else ""
 
 
 def open_model(config: ModelConfig) -> Engine:

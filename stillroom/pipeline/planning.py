@@ -79,6 +79,7 @@ def plan(recipe: Recipe, *, gpu: str | None = None, measure: bool = True, prepar
         "memory": _memory(recipe, loaded, gpu),
         "leaves_the_machine": leaves_the_machine(recipe),
         "licences": licences(recipe),
+        "missing": missing(recipe),
     }
     if measure:
         figures["seconds"] = _time(recipe, loaded, prepared, figures)
@@ -96,6 +97,15 @@ def leaves_the_machine(recipe: Recipe) -> list[dict[str, str]]:
         for model, what in told
         if model is not None and model.engine in REMOTE
     ]
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """What the teacher or the judge lacks to be opened: a file, a key, a package."""
+    from stillroom.engines import obstacle
+
+    asked = {"teacher": recipe.teacher.model, "judge": recipe.evaluation.judge.model}
+    found = {role: obstacle(model) for role, model in asked.items() if model is not None}
+    return [f"{role}: {why.splitlines()[0]}" for role, why in found.items() if why]
 
 
 def licences(recipe: Recipe) -> list[dict[str, str]]:
@@ -248,7 +258,7 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
         f"validation {records['validation']}, test {records['test']}; {records['rejected']} rejected, "
         f"{records['near_duplicates_removed']} near-duplicates of held-out prompts removed",
         f"  teacher   {recipe.teacher.model.engine}: at most {teacher['calls']} calls, about "
-        f"{teacher['input_tokens']:,} tokens in and {teacher['output_tokens']:,} out, USD {teacher['usd']:.2f}",
+        f"{teacher['input_tokens']:,} tokens in and {teacher['output_tokens']:,} out, {_cost(teacher)}",
         f"  training  {training['sequences']} sequences, {training['tokens']:,} tokens in {training['steps']} steps",
         f"  memory    {memory['training_gib']} GiB of {memory['available_gib']} on {memory['on']}: "
         f"{'fits' if memory['fits'] else 'DOES NOT FIT; lower training.tokens_per_step or use training.method=lora'}",
@@ -263,6 +273,7 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
     lines += [f"  leaves    {row['what']} -> {row['to']}" for row in figures["leaves_the_machine"]] or [
         "  leaves    nothing leaves this machine"
     ]
+    lines += [f"  MISSING   {what}" for what in figures["missing"]]
     for row in figures["licences"]:
         lines.append(
             f"  licence   {row['what']} {row['name']}: {row['license'] or 'not stated'} {row.get('terms', '')}".rstrip()
@@ -270,3 +281,8 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
         if row.get("conflict"):
             lines.append(f"            CONFLICT: {row['conflict']}")
     return "\n".join(lines)
+
+
+def _cost(teacher: dict[str, Any]) -> str:
+    """What the calls cost; an endpoint whose price the recipe does not state is not thereby free."""
+    return "price not stated" if teacher["paid"] and not teacher["usd"] else f"USD {teacher['usd']:.2f}"

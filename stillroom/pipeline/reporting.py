@@ -157,6 +157,8 @@ def _gaps(run: Run, found: dict[str, Result]) -> dict[str, Any]:
     plain = gap_closed(found["base"], found["teacher"], found["student"], config)
     if not config.best:
         return {"gap": plain, "gap_best_missing": "the recipe does not measure the models at their best"}
+    if "teacher-best" not in found:
+        return {"gap": plain, "gap_best_missing": "the recorded teacher has no answers at its best to these prompts"}
     best = gap_closed(found["base-best"], found["teacher-best"], found["student-best"], config)
     return {"gap": plain, "gap_best": best}
 

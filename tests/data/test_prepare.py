@@ -289,6 +289,14 @@ def test_too_few_records_stop_before_anything_starts(write: Write) -> None:
         prepare(config({"path": str(path)}, minimum=100), 0)
 
 
+def test_a_prompt_that_came_before_is_named_among_what_was_rejected(write: Write) -> None:
+    record = b'{"messages": [{"role": "user", "content": "Again?"}]}\n'
+    path = write("a.jsonl", record + record)
+
+    with pytest.raises(NotEnoughData, match=r"1 records.*minimum is 2.*duplicate_prompt 1"):
+        prepare(config({"path": str(path)}, minimum=2), 0)
+
+
 def test_a_package_that_is_not_installed_is_named() -> None:
     with pytest.raises(ConfigError, match="no_such_package"):
         prepare(config({"path": "package:no_such_package/data.json"}), 0)

@@ -108,8 +108,49 @@ def test_recording_again_asks_only_what_the_recording_lacks(tmp_path, tiny_stude
         assert again["recorded"] == sum(teacher.calls().values()) > first["recorded"]
         assert max(teacher.calls().values()) == 1
     recorded = ["teacher.model={engine: recorded, path: " + str(tmp_path / "kept") + ", license: Apache-2.0}"]
-    summary = distill(load_config(Recipe, recipe, recorded), tmp_path / "c" / "run")
+    summary = distill(load_config(Recipe, recipe, [*recorded, "evaluation.best=true"]), tmp_path / "c" / "run")
     assert summary["accuracy"]["teacher"]["pooled"] == 1.0
+    # The recording has no answers to prompts with examples before them: those figures are left out, the others stand.
+    assert "student-best" in summary["accuracy"]
+    assert "teacher-best" not in summary["accuracy"]
+    assert summary["gap_closed_best"] is None
+
+
+def test_the_plan_says_what_is_missing_before_anything_is_asked(undisturbed, monkeypatch):
+    _, recipe, _, _ = undisturbed
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    for setting, what in (
+        ("teacher.model.api_key_env=NO_SUCH_KEY", "the environment variable NO_SUCH_KEY is not set"),
+        ("teacher.model={engine: llama.cpp, path: nowhere.gguf}", "there is nothing at nowhere.gguf"),
+    ):
+        found = plan(load_config(Recipe, recipe, [setting]), measure=False)
+        assert any(what in line for line in found.figures["missing"])
+        assert what in found.text
+    found = plan(load_config(Recipe, recipe), measure=False)
+    assert found.figures["missing"] == []
+    assert "price not stated" in found.text
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tiny_student):
+    with LocalTeacher(answer, log=tmp_path / "calls.jsonl", delay_s=0.5) as teacher:
+        run = command(write_recipe(tmp_path, tiny_student, teacher.url), tmp_path / "runs" / "short")
+        process = subprocess.Popen(
+            run,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where the tests run behind a shell
+        )
+        while not teacher.calls():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to go on" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
