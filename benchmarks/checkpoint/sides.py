@@ -44,7 +44,9 @@ class Ours:
 
     def __init__(self, root: Path, state: dict[str, Any], **config: Any) -> None:
         began = time.perf_counter()
-        self.checkpointer = Checkpointer(root / "ours", like=state, config=CheckpointConfig(keep_latest=1, **config))
+        # The states here never change, and linking them would be no save at all.
+        settings = CheckpointConfig(keep_latest=1, link_unchanged=False, **config)
+        self.checkpointer = Checkpointer(root / "ours", like=state, config=settings)
         self.checkpointer._ready()
         self.set_up_s, self.state, self.step = time.perf_counter() - began, state, 0
 

@@ -1,10 +1,12 @@
-"""The arena: one piece of shared memory that is the image of the file to be written.
+"""The arena: one piece of shared memory that is the image of the files to be written.
 
 Heads and tails of all items are put there once, when the layout is known; staging copies the payloads between
 them. The writer maps the same memory, fills in CRC32s, and hands it to the disk as it is: no second copy, and one
-file descriptor whatever the number of tensors.
+file descriptor whatever the number of tensors. It follows the copy at a distance: how far the image is staged stands
+in the memory too, so that a writer that is started again in between knows it as well.
 
-    image | running CRC32 of every block | the writer's table | first part of the sidecar | .metadata
+    image of each file | running CRC32 of every block | the writer's table | first part of each sidecar | .metadata |
+    how much of the image is staged
 
 The memory has no name in any file system: it is gone when the last process that maps it is, however that ends.
 """
@@ -16,19 +18,33 @@ import itertools
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stillroom.checkpoint import pinned
 from stillroom.checkpoint.framing import copyable, tensor_frame
-from stillroom.checkpoint.layouts import Layout, file_name, sidecar_name
-from stillroom.checkpoint.writer import PAGE_BYTES
+from stillroom.checkpoint.layouts import SETTLED, Layout, Part, Place
+from stillroom.checkpoint.writer import GAVE_UP, PAGE_BYTES
 from stillroom.errors import CheckpointError
 
 _IDS = itertools.count()
+BATCH_BYTES = 4 << 20
+"""Copied at a time, before the writer is told: small enough that it is soon at work, large enough to copy at speed."""
+
+
+@dataclass
+class _Batch:
+    """What is copied in one call, and how much of the image is staged after it."""
+
+    numbers: list[int] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    values: list[tuple[int, int]] = field(default_factory=list)
+    end: int = 0
 
 
 class Arena:
@@ -41,13 +57,99 @@ class Arena:
     def __init__(self, layout: Layout) -> None:
         self.id = next(_IDS)
         self.layout = layout
-        table = b"".join(_row(place) for place in layout.places)
-        image_bytes = _round_up(layout.file_bytes)
-        self._crcs = (image_bytes, layout.blocks)
-        self._table = (_round_up(image_bytes + 4 * layout.blocks, 8), len(layout.places))
-        self._head = (self._table[0] + len(table), len(layout.sidecar_head))
-        self._metadata = (sum(self._head), len(layout.metadata))
-        self.size_bytes = _round_up(max(1, sum(self._metadata)))
+        self._begins: list[int] = []
+        end = 0
+        for part in layout.parts:
+            self._begins.append(end)
+            end += _round_up(part.file_bytes)
+        blobs = [b"".join(_row(place) for place in part.places) for part in layout.parts]
+        blobs += [*(part.head for part in layout.parts), layout.metadata]
+        self._crcs, end = _spans(end, [4 * part.blocks for part in layout.parts])
+        spans, end = _spans(end, [len(blob) for blob in blobs])
+        count = len(layout.parts)
+        self._tables, self._heads, self._metadata = spans[:count], spans[count:-1], spans[-1]
+        self._progress_at = _round_up(end, 8)
+        self.size_bytes = _round_up(self._progress_at + 8)
+        self._memory = self._reserve()
+        for blob, (begin, length) in zip(blobs, spans, strict=True):
+            self._map[begin : begin + length] = blob
+        self._progress = memoryview(self._map)[self._progress_at : self._progress_at + 8].cast("q")
+        self._batches = [self._batches_of(part, begin) for part, begin in zip(layout.parts, self._begins, strict=True)]
+        self._settled_is_here = False
+
+    def begin(self) -> None:
+        """Nothing is staged any more; a writer that is asked for this arena now waits for `stage`."""
+        self._progress[0] = 0
+
+    @torch.no_grad()
+    def stage(self, parts: list[Any], settled_is_known: bool = False, after: Any = None) -> None:
+        """Copy in what is saved.
+
+        Args:
+            parts: see `Contents`.
+            settled_is_known: what is settled is as it was when it was copied into this arena; it is not copied again.
+            after: an event of a GPU to wait for first, see `pinned.mark`.
+
+        Raises:
+            Exception: whatever a copy raises; the writer is told that nothing more will come.
+        """
+        try:
+            for number, batches in enumerate(self._batches):
+                if not (number == SETTLED and settled_is_known and self._settled_is_here):
+                    self._copy(batches, parts, after)
+            self._settled_is_here = True
+            self._progress[0] = self._begins[-1] + _round_up(self.layout.parts[-1].file_bytes)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Nothing more will be staged: a writer that waits for it fails."""
+        self._progress[0] = GAVE_UP
+
+    def forget_settled(self) -> None:
+        """What is settled may have changed after all: copy it again."""
+        self._settled_is_here = False
+
+    def write_request(self, folder: str, previous: str = "") -> dict[str, Any]:
+        """The writer's request to write this arena into `folder`.
+
+        Args:
+            previous: an older checkpoint, whose files are linked where they are the same.
+        """
+        spans = zip(self.layout.parts, self._begins, self._tables, self._crcs, self._heads, strict=True)
+        parts = [
+            {
+                "file": part.file, "sidecar": part.sidecar, "begin": begin, "file_bytes": part.file_bytes,
+                "table": table, "crcs": crcs, "head": head,
+            }
+            for part, begin, table, crcs, head in spans
+        ]  # fmt: skip
+        return {
+            "op": "write", "arena": self.id, "folder": folder, "parts": parts, "progress": self._progress_at,
+            "previous": previous,
+        }  # fmt: skip
+
+    def commit_request(
+        self, folder: str, final: str, token: str, files: dict[str, str], previous: str = ""
+    ) -> dict[str, Any]:
+        """The writer's request to commit `folder`, with `.metadata` from this arena."""
+        return {
+            "op": "commit", "folder": folder, "final": final, "token": token, "files": files, "arena": self.id,
+            "metadata": self._metadata, "head": self._heads[0], "previous": previous,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Give the memory back, once nothing refers to it."""
+        self._batches = []
+        self._progress.release()
+        pinned.release(self._memory)
+        del self._memory
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        os.close(self.descriptor)
+
+    def _reserve(self) -> Tensor:
         # Asked first: a machine that runs out while the pages are being reserved ends processes instead.
         if self.size_bytes > (available := available_bytes()):
             raise _too_little(self.size_bytes, f"{available:,} are available")
@@ -59,68 +161,46 @@ class Arena:
         except OSError as error:
             os.close(self.descriptor)
             raise _too_little(self.size_bytes, str(error.strerror)) from error
-        with contextlib.suppress(OSError, AttributeError):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._memory.zero_()
-        for blob, (begin, length) in (
-            (table, (self._table[0], len(table))),
-            (layout.sidecar_head, self._head),
-            (layout.metadata, self._metadata),
-        ):
-            self._map[begin : begin + length] = blob
-        self._targets = [self._target(place) for place in layout.places]
-        self._tensors = [target for target in self._targets if target is not None]
+        return torch.frombuffer(self._map, dtype=torch.uint8).zero_()
 
-    @torch.no_grad()
-    def stage(self, contents: Sequence[Any]) -> None:
-        """Copy in what is saved.
+    def _copy(self, batches: list[_Batch], parts: list[Any], after: Any) -> None:
+        with pinned.copying(self._memory, parts, after) as copies:
+            for batch in batches:
+                for number, offset in batch.values:
+                    self._map[offset : offset + len(parts[number])] = parts[number]
+                if batch.targets:
+                    sources = [copyable(parts[number]) for number in batch.numbers]
+                    torch._foreach_copy_(batch.targets, sources, non_blocking=copies.are_queued)
+                copies.then(partial(self._staged_until, batch.end))
 
-        Args:
-            contents: for each item that the rank described its local tensor, or the archive of its value.
-        """
-        sources = []
-        for place, target in zip(self.layout.places, self._targets, strict=True):
-            if target is None:
-                self._map[place.offset : place.offset + place.size_bytes] = contents[place.number]
+    def _staged_until(self, end: int) -> None:
+        self._progress[0] = end
+
+    def _batches_of(self, part: Part, begin: int) -> list[_Batch]:
+        """The items of a file in groups of `BATCH_BYTES`; puts the frames of tensors around their places."""
+        batches: list[_Batch] = []
+        full = 0
+        for place in part.places:
+            if not batches or batches[-1].end >= full:
+                batches.append(_Batch())
+                full = begin + place.offset + BATCH_BYTES
+            batch = batches[-1]
+            if place.item.dtype:
+                batch.numbers.append(place.number)
+                batch.targets.append(self._target(place, begin))
             else:
-                sources.append(copyable(contents[place.number]))
-        if sources:
-            torch._foreach_copy_(self._tensors, sources)
+                batch.values.append((place.number, begin + place.offset))
+            batch.end = begin + place.offset + place.size_bytes
+        return batches
 
-    def write_request(self, folder: str) -> dict[str, Any]:
-        """The writer's request to write this arena into `folder`."""
-        rank = self.layout.rank
-        return {
-            "op": "write", "arena": self.id, "folder": folder, "file": file_name(rank), "sidecar": sidecar_name(rank),
-            "file_bytes": self.layout.file_bytes, "table": self._table, "crcs": self._crcs, "head": self._head,
-        }  # fmt: skip
-
-    def commit_request(self, folder: str, final: str, token: str, files: dict[str, str]) -> dict[str, Any]:
-        """The writer's request to commit `folder`, with `.metadata` from this arena."""
-        return {
-            "op": "commit", "folder": folder, "final": final, "token": token, "files": files, "arena": self.id,
-            "metadata": self._metadata,
-        }  # fmt: skip
-
-    def close(self) -> None:
-        """Give the memory back, once nothing refers to it."""
-        self._targets, self._tensors = [], []
-        del self._memory
-        with contextlib.suppress(BufferError):
-            self._map.close()
-        os.close(self.descriptor)
-
-    def _target(self, place: Any) -> Tensor | None:
-        """Where a tensor goes, with its frame put around it; None for a value."""
-        if not place.item.dtype:
-            return None
+    def _target(self, place: Place, begin: int) -> Tensor:
+        """Where a tensor goes, with its frame put around it."""
         dtype = getattr(torch, place.item.dtype)
         frame = tensor_frame(dtype, place.item.sizes)
-        begin, end = place.payload_at, place.payload_at + place.payload_bytes
-        self._map[place.offset : begin] = frame.head
+        first, end = begin + place.payload_at, begin + place.payload_at + place.payload_bytes
+        self._map[begin + place.offset : first] = frame.head
         self._map[end : end + len(frame.tail)] = frame.tail
-        return copyable(self._memory[begin:end].view(dtype).view(place.item.sizes))
+        return copyable(self._memory[first:end].view(dtype).view(place.item.sizes))
 
 
 def available_bytes() -> int:
@@ -140,13 +220,22 @@ def _too_little(size_bytes: int, why: str) -> CheckpointError:
     )
 
 
-def _row(place: Any) -> bytes:
+def _row(place: Place) -> bytes:
     crc_at = (0, 0)
     if place.item.dtype:
         tail_at = place.payload_at + place.payload_bytes
         frame = tensor_frame(getattr(torch, place.item.dtype), place.item.sizes)
         crc_at = (tail_at + frame.crc_at[0], tail_at + frame.crc_at[1])
     return struct.pack("<4q", place.payload_at, place.payload_bytes, *crc_at)
+
+
+def _spans(end: int, lengths: list[int]) -> tuple[list[tuple[int, int]], int]:
+    """Where pieces of these lengths lie from `end` on, each at a multiple of 8; and the new end."""
+    found = []
+    for length in lengths:
+        found.append((_round_up(end, 8), length))
+        end = sum(found[-1])
+    return found, end
 
 
 def _round_up(size: int, multiple: int = PAGE_BYTES) -> int:

@@ -28,17 +28,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stillroom.checkpoint import layouts, planning
+from stillroom.checkpoint import pinned
 from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.config import CheckpointConfig
 from stillroom.checkpoint.daemon import Daemon
 from stillroom.checkpoint.group import Solo, group_of
-from stillroom.checkpoint.layouts import Layout
 from stillroom.checkpoint.loading import Load
+from stillroom.checkpoint.plans import Plan, Settled, new_plan
 from stillroom.checkpoint.reading import STEP_NAME, Snapshot, format_record, parse_record
 from stillroom.checkpoint.retention import superfluous
 from stillroom.checkpoint.saves import CheckpointInfo, Save
-from stillroom.checkpoint.states import DescribedState
+from stillroom.checkpoint.states import Contents, DescribedState
 from stillroom.checkpoint.writer import RECORD
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.telemetry import note
@@ -54,19 +54,11 @@ class _Job:
     save: Save
     number: int
     arena: Arena
-    state: DescribedState | None
+    contents: Contents
+    after: Any
     metrics: dict[str, float]
     name: str
     failure: str = ""
-
-
-class _Plan:
-    """What is known after the first save of a state: its layout, and the arenas made for it."""
-
-    def __init__(self, signature: Any, layout: Layout) -> None:
-        self.signature, self.layout = signature, layout
-        self.arenas: list[Arena] = []
-        self.free: queue.SimpleQueue[Arena] = queue.SimpleQueue()
 
 
 class Checkpointer:
@@ -78,6 +70,9 @@ class Checkpointer:
             first save is as quick as the second.
         config: how checkpoints are written and which stay.
         process_group: the ranks that save together; by default all of them, or this process alone.
+        frozen: names of leaves and branches, such as `model.base`, that are not changed but by `load` as long as this
+            Checkpointer lives: they are copied and written once, and linked into every checkpoint after that. Without
+            it, tensors that stay the same are found by their checksums (`CheckpointConfig.link_unchanged`).
     """
 
     def __init__(
@@ -87,22 +82,25 @@ class Checkpointer:
         like: Mapping[Any, Any] | None = None,
         config: CheckpointConfig = CheckpointConfig(),
         process_group: Any = None,
+        frozen: Collection[str] = (),
     ) -> None:
         self.root, self.config = Path(root), config
         self._group: Solo = group_of(process_group, config.timeout_s)
         self._daemon: Daemon | None = None
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
+        self._settled = Settled(frozen if config.link_unchanged else (), config.link_unchanged)
         self._numbers = 0
         self._saves: list[Save] = []
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._token = self._group.broadcast("token", _token)
+        self._token, newest = self._group.broadcast("token", lambda: (uuid.uuid4().hex[:8], self._choose(None)))
+        self._newest = None if newest is None else self._path(newest)
         self._preparing: threading.Thread | None = None
         if like is not None:
             self._start()
             described = DescribedState(like)
-            self._preparing = threading.Thread(target=self._prepare_early, args=(described,))
+            self._preparing = threading.Thread(target=self._prepare_early, args=(described, like))
             self._preparing.start()
 
     def save(self, step: int, state: Mapping[Any, Any], *, metrics: Mapping[str, float] | None = None) -> Save:
@@ -129,28 +127,26 @@ class Checkpointer:
         self._ready()
         save = Save(step)
         number = self._next_number()
-        described, failure = None, ""
-        try:
-            described = DescribedState(state)
-        except CheckpointError as error:
-            failure = str(error)
-        changed = described is None or self._plan is None or not described.fits(self._plan.signature, self._plan.layout)
-        changed = self._group.agree(f"{number}/plan", changed, failure)
-        assert described is not None
-        if changed:
-            self._prepare(described, str(number))
-        assert self._plan is not None
+        contents = self._contents_of(state, str(number))
         save._mark("planned")
+        assert self._plan is not None
         arena = self._plan.free.get()
-        name = f".{path.name}.{self._token}-{number}.tmp"
-        job = _Job(save, number, arena, described, dict(metrics or {}), name)
+        arena.begin()
         save._mark("waited")
-        if self.config.stage == "at once":
-            self._stage(job)
-        save._mark("blocked")
+        name = f".{path.name}.{self._token}-{number}.tmp"
+        job = _Job(save, number, arena, contents, pinned.mark(contents.parts), dict(metrics or {}), name)
         self._saves = [other for other in self._saves if not (other.done() and (other.seen or not other._error))]
         self._saves.append(save)
-        self._jobs.put(job)
+        try:
+            self._jobs.put(job)
+            if self.config.stage == "at once":  # while the writer follows
+                self._stage(job)
+        except BaseException:
+            job.failure = "staging was interrupted"
+            arena.give_up()
+            save._staged.set()
+            raise
+        save._mark("blocked")
         return save
 
     def load(
@@ -184,6 +180,8 @@ class Checkpointer:
         if chosen is None:
             return None
         load = self._load_together(number, lambda: Load(Snapshot(self._path(chosen)), into, keys, trust))
+        for arena in self._plan.arenas if self._plan else ():
+            arena.forget_settled()
         return self._info(chosen, load.absent)
 
     def steps(self) -> list[int]:
@@ -250,9 +248,9 @@ class Checkpointer:
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
-        if self._plan is not None:
-            self._release(self._plan)
         if self._daemon is not None:
+            if self._plan is not None:
+                self._plan.release(self._daemon)
             self._daemon.close()
         for save in self._saves:
             if save._error is not None and not save.seen:
@@ -298,67 +296,50 @@ class Checkpointer:
         load.apply()
         return load
 
-    def _prepare_early(self, described: DescribedState) -> None:
+    def _prepare_early(self, described: DescribedState, like: Mapping[Any, Any]) -> None:
         # What goes wrong now goes wrong again at the first save, where somebody hears of it.
         with contextlib.suppress(CheckpointError):
-            self._prepare(described, "like")
+            self._prepare(described, like, "like")
 
     def _ready(self) -> None:
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
 
-    def _prepare(self, described: DescribedState, step: str) -> None:
-        """Agree on a new layout with the other ranks, and make its arenas."""
-        if self._plan is not None:
-            self._release(self._plan)
-            self._plan = None
-        items, shape = described.items(), described.shape
-        everybody = self._group.gather(f"{step}/items", planning.described(items, shape))
-        parts, metadata = None, b""
-        if everybody is not None:
-            parts, metadata, shape = planning.plan_for_all(everybody)
-        digest, chosen, failure = self._group.scatter(f"{step}/layout", parts)
-        if failure:
-            raise CheckpointError(failure)
-        mine = range(len(items)) if chosen is None else chosen
-        layout = layouts.lay_out(self._group.rank, items, mine, digest, metadata, shape)
-        described.archive_values(layout)
-        plan = _Plan(described.signature, layout)
-        assert self._daemon is not None
+    def _contents_of(self, state: Mapping[Any, Any], step: str) -> Contents:
+        """What of `state` is copied, with a new plan where any rank's state needs one."""
+        contents, described, failure = None, None, ""
         try:
-            for _ in range(self.config.buffers):
-                arena = Arena(layout)
-                plan.arenas.append(arena)
-                self._daemon.share(arena)
-                plan.free.put(arena)
+            if self._plan is not None and not self._settled.outdated:
+                contents = self._plan.contents_of(state)
+            if contents is None:
+                described = DescribedState(state)
         except CheckpointError as error:
-            for arena in plan.arenas:
-                self._daemon.forget(arena)
-                arena.close()
-            self._group.agree(f"{step}/arena", failure=str(error))
-        self._group.agree(f"{step}/arena")
-        self._plan = plan
+            failure = str(error)
+        if self._group.agree(f"{step}/plan", contents is None, failure):
+            return self._prepare(described or DescribedState(state), state, step)
+        assert contents is not None
+        return contents
 
-    def _release(self, plan: _Plan) -> None:
-        for _ in plan.arenas:
-            plan.free.get()
-        for arena in plan.arenas:
-            if self._daemon is not None:
-                self._daemon.forget(arena)
-            arena.close()
+    def _prepare(self, described: DescribedState, state: Mapping[Any, Any], step: str) -> Contents:
+        assert self._daemon is not None
+        older = self._newest if self._plan is None else None
+        if self._plan is not None:
+            self._plan.release(self._daemon)
+            self._plan = None
+        self._plan, contents = new_plan(
+            described, state, self._settled, older, self._group, self._daemon, self.config.buffers, step
+        )
+        return contents
 
     def _stage(self, job: _Job) -> None:
         """Copy the state; what goes wrong is for the vote, so that every rank hears of it."""
-        assert job.state is not None
         try:
-            job.arena.stage(job.state.contents)
-            if job.state.changed():
+            job.arena.stage(job.contents.parts, self._settled.are_declared, job.after)
+            if job.contents.changed():
                 job.failure = CHANGED
         except Exception as error:
             job.failure = f"staging failed: {type(error).__name__}: {error}"
-        if self.config.stage == "at once":
-            job.state = None
         job.save._mark("staged")
         job.save._staged.set()
 
@@ -384,7 +365,6 @@ class Checkpointer:
 
     def _give_back(self, job: _Job) -> None:
         assert self._plan is not None
-        job.state = None
         self._plan.free.put(job.arena)
 
     def _commit(self, job: _Job) -> CheckpointInfo:
@@ -392,21 +372,34 @@ class Checkpointer:
         assert self._daemon is not None
         final = self._path(job.save.step)
         folder = final.parent / job.name
-        if job.state is not None:
+        if self.config.stage == "behind":
             self._stage(job)
-        failure = job.failure
-        if not failure:
-            try:
-                self._daemon.ask(job.arena.write_request(str(folder)), self.config.timeout_s)
-            except CheckpointError as error:
-                failure = f"step {job.save.step} could not be written to {final.parent}: {error}"
+        failure = job.failure or self._written(job, folder)
         # A tensor's version is raised when an operation ends, so one that overlapped the copy shows only now.
-        if job.state is not None and job.state.changed() and not job.save._released:
+        if self.config.stage == "behind" and not job.save._released and job.contents.changed():
             failure = failure or CHANGED
         job.save._mark("written")
         self._group.agree(f"{job.number}/written", failure=failure)
         self._group.broadcast(f"{job.number}/committed", lambda: self._rename(job, folder, final))
+        self._newest = final
         return self._info(job.save.step)
+
+    def _written(self, job: _Job, folder: Path) -> str:
+        """Let the writer write; what went wrong, if anything."""
+        assert self._daemon is not None
+        request = job.arena.write_request(str(folder), self._linked_from())
+        try:
+            reply = self._daemon.ask(request, self.config.timeout_s)
+        except CheckpointError as error:
+            failure = f"step {job.save.step} could not be written to {folder.parent}: {error}"
+        else:
+            failure = ""
+            self._settled.learn(job.arena.layout, reply["unchanged"], reply["changed"])
+        job.save._staged.wait()  # the copy has ended, its outcome may still be on the way
+        return job.failure or failure
+
+    def _linked_from(self) -> str:
+        return str(self._newest) if self._newest and self.config.link_unchanged else ""
 
     def _rename(self, job: _Job, folder: Path, final: Path) -> bool:
         """On rank 0, when all ranks have written: the commit, then retention."""
@@ -416,7 +409,8 @@ class Checkpointer:
             "step": job.save.step, "metrics": job.metrics, "world": self._group.world, "token": token, "version": 1,
         }  # fmt: skip
         files = {RECORD: format_record(record)}
-        self._daemon.ask(job.arena.commit_request(str(folder), str(final), token, files), self.config.timeout_s)
+        request = job.arena.commit_request(str(folder), str(final), token, files, self._linked_from())
+        self._daemon.ask(request, self.config.timeout_s)
         doomed = superfluous({step: self._metrics(step) for step in self.steps()}, self.config)
         if doomed:
             with contextlib.suppress(CheckpointError):
@@ -449,7 +443,3 @@ class Checkpointer:
             size = sum(file.stat().st_size for file in path.iterdir())
             return CheckpointInfo(step, path, size, self._metrics(step), absent)
         return CheckpointInfo(step, path, 0, {}, absent)
-
-
-def _token() -> str:
-    return uuid.uuid4().hex[:8]

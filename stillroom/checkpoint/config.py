@@ -31,5 +31,9 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
     """Whether `save` copies the state before it returns, or behind the next forward and backward pass: then
     `Save.staged` has to be waited for before the state changes (`Checkpointer.guard` does that)."""
 
+    link_unchanged: bool = True
+    """Whether tensors that stay the same from save to save are written once, to a file of their own that later
+    checkpoints link. Every checkpoint stays whole, but one damaged sector then damages all that link the file."""
+
     timeout_s: float = Field(default=600.0, gt=0)
     """How long a rank waits for the others, or for the disk, before the save has failed."""

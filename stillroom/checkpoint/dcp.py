@@ -115,7 +115,9 @@ class _Folders(Checkpointer):
 
     def __init__(self, process_group: Any, alone: bool) -> None:
         self._targets: dict[int, Path] = {}
-        super().__init__(".", config=CheckpointConfig(keep_latest=EVERY), process_group=process_group)
+        # Directories of the caller's own choosing have nothing in common on disk.
+        config = CheckpointConfig(keep_latest=EVERY, link_unchanged=False)
+        super().__init__(".", config=config, process_group=process_group)
         if alone:
             self._group = Solo()
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stillroom.checkpoint import trees
 from stillroom.checkpoint.framing import copyable
-from stillroom.checkpoint.layouts import local_piece
-from stillroom.checkpoint.reading import READERS, Box, Snapshot
+from stillroom.checkpoint.layouts import Box, local_piece
+from stillroom.checkpoint.reading import READERS, Snapshot
 from stillroom.errors import CheckpointError
 
 Copy = tuple[Tensor, Tensor]
@@ -45,7 +45,7 @@ class Load:
         trust: bool = False,
     ) -> None:
         self._into = into
-        wanted = _selector(keys)
+        wanted = (lambda name: True) if keys is None else trees.selector(keys)
         present = {name: leaf for name, leaf in trees.leaves(into).items() if wanted(name)}
         stored = snapshot.tensors.keys() | snapshot.values.keys()
         self.absent = tuple(name for name in present if name not in stored)
@@ -104,12 +104,6 @@ class Load:
             return [(_narrow(target, _minus(shared[0], box[0]), shared[1]), _narrow(source, begin, shared[1]))]
 
         return [lambda stored=stored, shared=shared: read(stored, shared) for stored, shared in overlaps]  # type: ignore[misc]
-
-
-def _selector(keys: Collection[str] | None) -> Callable[[str], bool]:
-    if keys is None:
-        return lambda name: True
-    return lambda name: any(name == key or name.startswith(f"{key}.") for key in keys)
 
 
 def _overlap(one: Box, other: Box) -> Box | None:

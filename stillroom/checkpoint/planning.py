@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from stillroom.checkpoint import trees
-from stillroom.checkpoint.layouts import Item, file_name, places
+from stillroom.checkpoint.layouts import CHANGING, SETTLED, Item, file_name, places
 from stillroom.checkpoint.trees import Shape
 from stillroom.errors import CheckpointError
 
@@ -32,7 +32,7 @@ Part = tuple[str, list[int] | None, str]
 
 def described(items: Sequence[Item], shape: Shape) -> tuple[str, str, str]:
     """What a rank tells the coordinator: pattern, offsets, tree; equal texts mean equal content."""
-    pattern = json.dumps([[i.key, i.dtype, i.shape, i.sizes, i.slot] for i in items], separators=(",", ":"))
+    pattern = json.dumps([[i.key, i.dtype, i.shape, i.sizes, i.slot, i.part] for i in items], separators=(",", ":"))
     offsets = " ".join(str(offset) for item in items for offset in item.offsets)
     return pattern, offsets, json.dumps(shape, separators=(",", ":"))
 
@@ -62,7 +62,8 @@ class _Pattern:
     def __post_init__(self) -> None:
         self.keys = [piece[0] for piece in self.pieces]
         self.items = [
-            Item(key, dtype, tuple(shape), (), tuple(sizes), slot) for key, dtype, shape, sizes, slot in self.pieces
+            Item(key, dtype, tuple(shape), (), tuple(sizes), slot, part)
+            for key, dtype, shape, sizes, slot, part in self.pieces
         ]
         self.dimensions = [len(item.shape) for item in self.items]
         self.sizes = [_size(item.sizes) for item in self.items]
@@ -73,7 +74,12 @@ class _Pattern:
         """Number and pickled offset and length of each item that is written."""
         key = None if chosen is None else tuple(chosen)
         if key not in self.laid_out:
-            found = places(self.items, range(len(self.items)) if chosen is None else chosen)
+            every = range(len(self.items)) if chosen is None else chosen
+            found = [
+                place
+                for part in (CHANGING, SETTLED)
+                for place in places(self.items, [number for number in every if self.items[number].part == part])
+            ]
             self.laid_out[key] = [
                 (p.number, _place(_integer(p.offset), _integer(p.size_bytes))) for p in found
             ]  # fmt: skip
@@ -150,11 +156,11 @@ def metadata_bytes(everybody: list[_Held], chosen: Sequence[list[int] | None], p
     kinds: dict[str, Item] = {}
     storage: list[bytes] = []
     for rank, held in enumerate(everybody):
-        pattern, file = held.pattern, _string(file_name(rank))
+        pattern, files = held.pattern, [_string(file_name(rank, part)) for part in (CHANGING, SETTLED)]
         for item in pattern.items:
             kinds.setdefault(item.key, item)
         for number, where in pattern.where(chosen[rank]):
-            key = pattern.keys[number]
+            key, file = pattern.keys[number], files[pattern.items[number].part]
             pieces = chunks.setdefault(key, [])
             if not pattern.items[number].dtype:
                 storage += (INDEX, _string(key), VALUE_INDEX, INFO, file, where)

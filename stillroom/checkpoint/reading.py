@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stillroom.checkpoint import trees
 from stillroom.checkpoint.framing import tensor_frame
-from stillroom.checkpoint.layouts import sidecar_name
+from stillroom.checkpoint.layouts import CHANGING, SETTLED, Box, sidecar_name
 from stillroom.checkpoint.writer import BLOCK_BYTES, RECORD, SIDECAR_MAGIC, crc32
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 
@@ -49,9 +49,6 @@ ADMITTED = {
 """Every global that DCP's `.metadata` refers to, dtypes apart."""
 
 PLAIN_CLASSES = {"bytearray", "bytes", "complex", "frozenset", "set"}
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes of a piece within a tensor."""
 
 
 class Stored(NamedTuple):
@@ -107,6 +104,9 @@ class Snapshot:
         self.record = self._read_record()
         raw = self._read_small(METADATA)
         sidecars = [self._read_sidecar(rank) for rank in range(self.record.get("world", 0))]
+        for rank, sidecar in enumerate(sidecars):
+            if sidecar.get("parts", 1) > 1:
+                self._read_sidecar(rank, SETTLED)
         if sidecars and sidecars[0]["metadata_crc32"] != zlib.crc32(raw):
             raise self.corrupt(f"{METADATA} does not match its checksum")
         metadata = self._unpickle(raw)
@@ -305,15 +305,12 @@ class Snapshot:
         except (ValueError, KeyError, TypeError) as error:
             raise self.corrupt(f"{RECORD} does not match its checksum") from error
 
-    def _read_sidecar(self, rank: int) -> dict[str, Any]:
-        name = sidecar_name(rank)
-        data = memoryview(self._read_small(name))
-        if data[-4:] != crc32(data[:-4]).to_bytes(4, "little") or data[: len(SIDECAR_MAGIC)] != SIDECAR_MAGIC:
-            raise self.corrupt(f"{name} does not match its checksum")
-        at = len(SIDECAR_MAGIC)
-        length = int.from_bytes(data[at : at + 4], "little")
-        header: dict[str, Any] = json.loads(bytes(data[at + 4 : at + 4 + length]))
-        running = memoryview(bytes(data[at + 4 + length : -4])).cast("I")
+    def _read_sidecar(self, rank: int, part: int = CHANGING) -> dict[str, Any]:
+        name = sidecar_name(rank, part)
+        try:
+            header, running = parse_sidecar(self._read_small(name))
+        except ValueError as error:
+            raise self.corrupt(f"{name} does not match its checksum") from error
         self._sizes[header["file"]] = header["file_bytes"]
         for _, offset, head, payload, size, frame_crc, first in header["items"]:
             blocks = running[first : first + -(-payload // BLOCK_BYTES)]
@@ -384,6 +381,21 @@ class _MetadataUnpickler(pickle.Unpickler):
             f"{METADATA} refers to {module}.{name}, which no DCP metadata needs.\n"
             "help: do not open it by other means unless you trust whoever wrote it: unpickling can run any code."
         )
+
+
+def parse_sidecar(raw: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header of a sidecar, and the running CRC32 of every block.
+
+    Raises:
+        ValueError: it does not match its checksum.
+    """
+    data = memoryview(raw)
+    if data[-4:] != crc32(data[:-4]).to_bytes(4, "little") or data[: len(SIDECAR_MAGIC)] != SIDECAR_MAGIC:
+        raise ValueError("checksum")
+    at = len(SIDECAR_MAGIC)
+    length = int.from_bytes(data[at : at + 4], "little")
+    header: dict[str, Any] = json.loads(bytes(data[at + 4 : at + 4 + length]))
+    return header, memoryview(bytes(data[at + 4 + length : -4])).cast("I")
 
 
 def parse_record(raw: bytes) -> dict[str, Any]:

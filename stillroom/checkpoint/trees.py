@@ -7,7 +7,7 @@ or dictionaries, and a leaf otherwise; a tuple is a leaf. DCP keeps keys as text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,36 @@ def leaves(state: Mapping[Any, Any]) -> dict[str, Any]:
     for key, value in state.items():
         _collect(value, _text(key, ""), found)
     return found
+
+
+class Outline:
+    """The tree of a state, to see quickly whether another state has the same and to take its leaves."""
+
+    def __init__(self, state: Any) -> None:
+        self._keys = list(state) if isinstance(state, Mapping) else None
+        entries = state.values() if isinstance(state, Mapping) else state
+        self._below = [Outline(entry) if is_branch(entry) else None for entry in entries]
+
+    def leaves_of(self, state: Any) -> list[Any] | None:
+        """The leaves in the order of `leaves`; None where the tree is another one."""
+        found: list[Any] = []
+        return found if self._collect(state, found) else None
+
+    def _collect(self, state: Any, found: list[Any]) -> bool:
+        if self._keys is None:
+            if not isinstance(state, list) or len(state) != len(self._below):
+                return False
+            entries: Iterable[Any] = state
+        else:
+            if not isinstance(state, Mapping) or list(state) != self._keys:
+                return False
+            entries = state.values()
+        for below, entry in zip(self._below, entries, strict=True):
+            if below is None:
+                found.append(entry)
+            elif not below._collect(entry, found):
+                return False
+        return True
 
 
 def shape_of(state: Mapping[Any, Any]) -> Shape:
@@ -58,6 +88,18 @@ def fill(into: MutableMapping[Any, Any], shape: Shape, place: Callable[[str, Any
         into[key] = _filled(into.get(key), below, place)
 
 
+def is_branch(node: Any) -> bool:
+    """Whether `node` has leaves of its own: a mapping, or a list that holds tensors or mappings somewhere."""
+    if isinstance(node, list):
+        return any(isinstance(value, Tensor) or is_branch(value) for value in node)
+    return isinstance(node, Mapping)
+
+
+def selector(keys: Collection[str]) -> Callable[[str], bool]:
+    """Whether a leaf is one of `keys`, or below one of them."""
+    return lambda name: any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
 def prune(shape: Shape, keep: Callable[[str], bool]) -> Shape:
     """`shape` with only the leaves that are kept; a list stays whole where one of its leaves does."""
     if isinstance(shape, str):
@@ -72,19 +114,13 @@ def _collect(node: Any, name: str, found: dict[str, Any]) -> None:
     if isinstance(node, Mapping):
         for key, value in node.items():
             _collect(value, f"{name}.{_text(key, name)}", found)
-    elif isinstance(node, list) and _is_branch(node):
+    elif is_branch(node):
         for index, value in enumerate(node):
             _collect(value, f"{name}.{index}", found)
     elif name in found:
         raise CheckpointError(f"two leaves of the state are both called {name!r}.\nhelp: rename one of the keys.")
     else:
         found[name] = node
-
-
-def _is_branch(values: list[Any]) -> bool:
-    return any(
-        isinstance(value, Tensor | Mapping) or (isinstance(value, list) and _is_branch(value)) for value in values
-    )
 
 
 def _text(key: Any, name: str) -> str:
@@ -96,7 +132,7 @@ def _text(key: Any, name: str) -> str:
 def _shape(node: Any, name: str) -> Shape:
     if isinstance(node, Mapping):
         return {"dict": [[key, _shape(value, f"{name}.{key}" if name else str(key))] for key, value in node.items()]}
-    if isinstance(node, list) and _is_branch(node):
+    if is_branch(node):
         return {"list": [_shape(value, f"{name}.{index}") for index, value in enumerate(node)]}
     return name
 

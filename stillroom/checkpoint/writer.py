@@ -6,7 +6,7 @@ It shares the arena's memory with the trainer and holds no lock of it. Requests 
 reply for each request; an arena's file descriptor comes with the request that names it.
 
     arena    {"id", "bytes"}                                     map the memory that came along
-    write    {"arena", "folder", "file", "sidecar", ...}         CRC32s, one file and its sidecar, synced
+    write    {"arena", "folder", "parts", ...}                   CRC32s, one rank's files and sidecars, synced
     commit   {"folder", "final", "files", "token", ...}          the last small files, then the rename
     remove   {"paths"}, sweep {"root"}                           what retention dropped; what crashes left
 
@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 try:
@@ -40,10 +40,18 @@ except ImportError:
     crc32 = zlib.crc32
 
 BLOCK_BYTES = 1 << 16
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 """Bytes handed to the kernel at a time: large enough for the disk, small enough that checksums stay ahead."""
 
+WRITERS = 2
+"""Pieces on their way at once, so that the disk does not wait for the next one."""
+
 PAGE_BYTES = 4096
+GAVE_UP = -1
+"""Stands where the trainer says how much is staged, when it will not stage the rest."""
+
+POLL_S = 0.0002
+CRC = struct.Struct("<I")
 SIDECAR_MAGIC = b"stillroom checksums 1\n"
 RECORD = "checkpoint.json"
 RENAME_EXCHANGE = 2
@@ -97,6 +105,7 @@ class Writer:
         self._arenas: dict[int, mmap.mmap] = {}
         self._folder = ""
         self._lock: int | None = None
+        self._removals: list[threading.Thread] = []
 
     def arena(self, descriptor: int, id: int, bytes: int) -> None:
         """Map an arena; its `id` replaces one of that name."""
@@ -107,41 +116,55 @@ class Writer:
         os.close(descriptor)
 
     def write(
-        self,
-        _: None,
-        arena: int,
-        folder: str,
-        file: str,
-        sidecar: str,
-        file_bytes: int,
-        table: tuple[int, int],
-        crcs: tuple[int, int],
-        head: tuple[int, int],
+        self, _: None, arena: int, folder: str, parts: list[dict[str, Any]], progress: int, previous: str
     ) -> dict[str, Any]:
-        """Write one rank's file and its sidecar into `folder`, durably.
+        """Write one rank's files and their sidecars into `folder`, durably, behind the trainer that stages them.
 
         Args:
-            file_bytes: length of the file, which is the beginning of the arena.
-            table: offset and number of rows of four int64: begin and length of a payload, and two places in the
-                file that want its CRC32, or zeros.
-            crcs: offset and number of uint32: the running CRC32 at the end of every block of every payload.
-            head: offset and length of the sidecar's first part.
+            parts: the files, see `_Part`.
+            progress: offset of an int64: how much of the arena is staged.
+            previous: an older checkpoint. A file after the first is linked from there where its content is the same.
+
+        Returns:
+            `unchanged`: rows of the first file whose CRC32s are those of this arena's last write; `changed`: rows of
+            the second that are not as in `previous`.
         """
         self._enter(folder)
         memory = memoryview(self._arenas[arena])
-        self.doing = f"{folder}/{file}"
-        running = memory[crcs[0] : crcs[0] + 4 * crcs[1]].cast("I")
-        rows = memory[table[0] : table[0] + 32 * table[1]].cast("q")
-        if file_bytes:
-            with _File(self.doing, memory, file_bytes) as out:
-                for ready in _checksummed(memory, rows, running):
-                    out.write_until(ready)
-                out.write_until(file_bytes, last=True)
-        self.doing = f"{folder}/{sidecar}"
-        content = b"".join((SIDECAR_MAGIC, memory[head[0] : head[0] + head[1]], running))
-        _write_small(self.doing, content + struct.pack("<I", crc32(content)))
+        staged = _Staged(memory, progress)
+        first, *others = [_Part(memory, folder=folder, **part) for part in parts]
+        unchanged = self._write_first(first, staged)
+        changed: list[int] = []
+        for part in others:
+            changed += self._write_unless_linked(part, staged, previous)
         _sync_folder(folder)
-        return {"bytes": file_bytes}
+        return {"unchanged": unchanged, "changed": changed}
+
+    def _write_first(self, part: _Part, staged: _Staged) -> list[int]:
+        before = part.running.tolist()
+        self.doing = part.path
+        if part.file_bytes:
+            with _File(part.path, part.image, part.file_bytes) as out:
+                for ready in part.checksummed(staged):
+                    out.write_until(ready)
+                out.write_until(part.file_bytes, last=True)
+                part.write_sidecar()  # while the last pieces are on their way
+        else:
+            part.write_sidecar()
+        return part.rows_with(before, same=True)
+
+    def _write_unless_linked(self, part: _Part, staged: _Staged, previous: str) -> list[int]:
+        for _ in part.checksummed(staged):
+            pass
+        before = _read(os.path.join(previous, part.sidecar)) if previous else b""
+        names = (part.file, part.sidecar)
+        if before == part.sidecar_content() and _linked(previous, part.folder, names):
+            return []
+        self.doing = part.path
+        with _File(part.path, part.image, part.file_bytes) as out:
+            out.write_until(part.file_bytes, last=True)
+            part.write_sidecar()
+        return part.rows_with(part.running_in(before), same=False)
 
     def commit(
         self,
@@ -152,13 +175,21 @@ class Writer:
         files: dict[str, str],
         arena: int,
         metadata: tuple[int, int],
+        head: tuple[int, int],
+        previous: str,
     ) -> dict[str, Any]:
-        """Make `folder` the checkpoint `final`, replacing one that is there, in one step."""
+        """Make `folder` the checkpoint `final`, replacing one that is there, in one step.
+
+        Args:
+            head: first part of rank 0's sidecar. Where that of `previous` is the same, so is its `.metadata`.
+        """
         if not _committed(final, token):
-            begin, length = metadata
+            memory = memoryview(self._arenas[arena])
             for name, text in files.items():
                 _write_small(os.path.join(folder, name), text.encode())
-            _write_small(os.path.join(folder, ".metadata"), memoryview(self._arenas[arena])[begin : begin + length])
+            same = previous and _read(os.path.join(previous, "__0_0.checksums"), len(SIDECAR_MAGIC) + head[1])
+            if same != SIDECAR_MAGIC + memory[head[0] : sum(head)] or not _linked(previous, folder, [".metadata"]):
+                _write_small(os.path.join(folder, ".metadata"), memory[metadata[0] : sum(metadata)])
             _sync_folder(folder)
             self.doing = final
             if os.path.exists(final):
@@ -176,7 +207,9 @@ class Writer:
             doomed = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(4).hex()}.old")
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                # Freeing gigabytes takes a while, which nobody needs to wait for.
+                self._removals.append(threading.Thread(target=shutil.rmtree, args=(doomed, True)))
+                self._removals[-1].start()
 
     def sweep(self, _: None, root: str) -> None:
         """Remove what crashed saves left under `root`; a save under way holds a lock on its folder."""
@@ -195,9 +228,15 @@ class Writer:
         """Remove what was begun: nobody will commit it."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+        self._finish_removals()
+
+    def _finish_removals(self) -> None:
+        while self._removals:
+            self._removals.pop().join()
 
     def _enter(self, folder: str) -> None:
         self._leave()
+        self._finish_removals()  # their room may be needed
         os.makedirs(folder, exist_ok=True)
         self._folder, self._lock = folder, os.open(folder, os.O_RDONLY)
         with contextlib.suppress(OSError):  # some network file systems have no locks
@@ -209,26 +248,96 @@ class Writer:
         self._folder, self._lock = "", None
 
 
-def _checksummed(memory: memoryview, rows: memoryview, running: memoryview) -> Iterator[int]:
-    """Fill `running`, put each payload's CRC32 where its archive wants it; yields how much of the file is final."""
-    block = 0
-    for row in range(0, len(rows), 4):
-        begin, length, first, second = rows[row : row + 4]
-        crc = 0
-        for at in range(begin, begin + length, BLOCK_BYTES):
-            crc = crc32(memory[at : min(at + BLOCK_BYTES, begin + length)], crc)
-            running[block] = crc
-            block += 1
-            if block % 64 == 0:
-                yield at
-        if first:
-            struct.pack_into("<I", memory, first, crc)
-            struct.pack_into("<I", memory, second, crc)
-        yield begin + length
+class _Staged:
+    """How much of an arena the trainer has staged: the number stands in the arena, and only grows."""
+
+    def __init__(self, memory: memoryview, progress: int) -> None:
+        self._word = memory[progress : progress + 8].cast("q")
+
+    def wait_for(self, end: int) -> int:
+        """Wait until `end` is staged; how much is."""
+        while (staged := self._word[0]) < end:
+            if staged == GAVE_UP:
+                raise RuntimeError("the trainer could not stage the state")
+            time.sleep(POLL_S)
+        return int(staged)
+
+
+class _Part:
+    """One file of a rank, in the arena.
+
+    Args:
+        begin: where its image begins, which has `file_bytes` and is followed by zeros up to a whole page.
+        table: offset and length of rows of four int64: begin and length of a payload, and two places in the file that
+            want its CRC32, or zeros.
+        crcs: offset and length of uint32: the running CRC32 at the end of every block of every payload.
+        head: offset and length of the sidecar's first part.
+    """
+
+    def __init__(
+        self,
+        memory: memoryview,
+        folder: str,
+        file: str,
+        sidecar: str,
+        begin: int,
+        file_bytes: int,
+        table: tuple[int, int],
+        crcs: tuple[int, int],
+        head: tuple[int, int],
+    ) -> None:
+        self.folder, self.file, self.sidecar, self.file_bytes = folder, file, sidecar, file_bytes
+        self.path, self.image = os.path.join(folder, file), memory[begin : begin + _whole_pages(file_bytes)]
+        self.running = memory[crcs[0] : sum(crcs)].cast("I")
+        self._begin, self._head = begin, memory[head[0] : sum(head)]
+        numbers = memory[table[0] : sum(table)].cast("q").tolist()
+        self._rows = list(zip(*[iter(numbers)] * 4, strict=True))
+
+    def checksummed(self, staged: _Staged) -> Iterator[int]:
+        """Fill `running`, put each payload's CRC32 where its archive wants it; yields how much of the file is final."""
+        block, here, running, image = 0, 0, self.running, self.image
+        for begin, length, first, second in self._rows:
+            crc, end = 0, begin + length
+            for at in range(begin, end, BLOCK_BYTES):
+                to = min(at + BLOCK_BYTES, end)
+                if to > here or block % 64 == 0:
+                    yield at
+                if to > here:
+                    here = staged.wait_for(self._begin + to) - self._begin
+                running[block] = crc = crc32(image[at:to], crc)
+                block += 1
+            if first:
+                CRC.pack_into(image, first, crc)
+                CRC.pack_into(image, second, crc)
+        staged.wait_for(self._begin + self.file_bytes)
+
+    def write_sidecar(self) -> None:
+        _write_small(os.path.join(self.folder, self.sidecar), self.sidecar_content())
+
+    def sidecar_content(self) -> bytes:
+        content = b"".join((SIDECAR_MAGIC, self._head, self.running))
+        return content + CRC.pack(crc32(content))
+
+    def running_in(self, sidecar: bytes) -> list[int]:
+        """The running CRC32s that a sidecar of the same items has; none where it is of others."""
+        begin = len(SIDECAR_MAGIC) + len(self._head)
+        if sidecar[len(SIDECAR_MAGIC) : begin] != self._head or len(sidecar) != begin + self.running.nbytes + 4:
+            return []
+        return memoryview(sidecar[begin:-4]).cast("I").tolist()
+
+    def rows_with(self, before: list[int], same: bool) -> list[int]:
+        """The rows of tensors whose running CRC32s are `before`'s, or are not."""
+        found, block, now = [], 0, self.running.tolist()
+        for number, (_, length, first, _) in enumerate(self._rows if before else ()):
+            end = block + -(-length // BLOCK_BYTES)
+            if first and length and (before[block:end] == now[block:end]) == same:
+                found.append(number)
+            block = end
+        return found
 
 
 class _File:
-    """A file filled from memory in order by a thread of its own, past the page cache where that works."""
+    """A new file filled from memory by threads of its own, past the page cache where that works."""
 
     def __init__(self, path: str, memory: memoryview, size_bytes: int) -> None:
         self._path, self._memory, self._size = path, memory, size_bytes
@@ -236,8 +345,9 @@ class _File:
         self._error: OSError | None = None
         self._pieces: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._descriptor = _open(path)
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run) for _ in range(WRITERS)]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> _File:
         return self
@@ -250,11 +360,13 @@ class _File:
             self._pieces.put((self._handed, self._handed + PIECE_BYTES))
             self._handed += PIECE_BYTES
         if last and self._handed < ready:
-            self._pieces.put((self._handed, -(-ready // PAGE_BYTES) * PAGE_BYTES))
+            self._pieces.put((self._handed, _whole_pages(ready)))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._pieces.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._pieces.put(None)
+        for thread in self._threads:
+            thread.join()
         try:
             if self._error:
                 raise self._error
@@ -285,8 +397,12 @@ class _File:
                 _set_buffered(self._descriptor)  # a short write left an offset that direct I/O refuses
 
 
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
 def _open(path: str) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    flags = _new_file(path)
     if DIRECT and hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, flags | os.O_DIRECT, 0o666)
@@ -305,8 +421,15 @@ def _set_buffered(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
 
 
+def _new_file(path: str) -> int:
+    """Flags to open `path` as a new file: one that an earlier try left may be linked from another checkpoint."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.O_WRONLY | os.O_CREAT | os.O_EXCL
+
+
 def _write_small(path: str, content: Any) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    descriptor = os.open(path, _new_file(path), 0o666)
     try:
         view = memoryview(content).cast("B")
         while view:
@@ -317,6 +440,27 @@ def _write_small(path: str, content: Any) -> None:
         raise
     finally:
         os.close(descriptor)
+
+
+def _read(path: str, limit: int = -1) -> bytes:
+    """What a file begins with; nothing where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError:
+        return b""
+
+
+def _linked(source: str, folder: str, names: Sequence[str]) -> bool:
+    """Whether files of another folder could be made to appear in this one too."""
+    try:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
+            os.link(os.path.join(source, name), os.path.join(folder, name))
+    except OSError:  # it is gone, or has as many links as it may, or the file system has none
+        return False
+    return True
 
 
 def _sync_folder(path: str) -> None:

@@ -127,9 +127,8 @@ def staged(state, step, root, name):
     items = described.items()
     [(digest, _, _)], metadata, shape = planning.plan_for_all([planning.described(items, described.shape)])
     layout = layouts.lay_out(0, items, range(len(items)), digest, metadata, shape)
-    described.archive_values(layout)
     arena = Arena(layout)
-    arena.stage(described.contents)
+    arena.stage(described.contents_of(state, layout).parts)
     folder, final = root / f".step-{step:08d}.{name}.tmp", root / f"step-{step:08d}"
     files = {
         RECORD: format_record({"step": step, "metrics": {}, "world": 1, "token": folder.name, "version": 1})
