@@ -86,5 +86,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     keep_latest: int = Field(default=2, ge=1)
     """Checkpoints to retain."""
 
+    save_behind: bool = False
+    """Copy the state behind the next forward and backward pass, and hold up only the optimizer's step until that is
+    done; otherwise training waits for the copy."""
+
     stop_if_saving_fails: bool = False
     """End the training when a checkpoint cannot be saved, instead of showing it and going on."""

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -70,9 +70,11 @@ def train(
     torch.manual_seed(seed)
     stepper = Stepper(loaded.model, config, objective)
     run = Run(fingerprint(loaded, sequences, held_out_sequences, config, seed, stepper.precision.name))
-    checkpoints = CheckpointConfig(keep_latest=config.keep_latest)
+    stage: Literal["at once", "behind"] = "behind" if config.save_behind else "at once"
+    checkpoints = CheckpointConfig(keep_latest=config.keep_latest, stage=stage)
     like = state_of(stepper, run)
     with Checkpointer(work / "checkpoints", like=like, config=checkpoints) as checkpointer:
+        checkpointer.guard(stepper.optimizer)
         restore(checkpointer, stepper, run)
         if not run.done:
             _run(stepper, sequences, held_out_sequences, run, checkpointer, work, seed)

@@ -19,7 +19,7 @@ from stillroom.training.step import Stepper, StepReport
 VERSION = 2
 """Raised when the arithmetic of training changes, so that an older checkpoint is not continued differently."""
 
-UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest", "stop_if_saving_fails")
+UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest", "save_behind", "stop_if_saving_fails")
 """Settings that may change between a kill and a resumption."""
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as stock
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from stillroom.checkpoint import CheckpointConfig, Checkpointer
 from stillroom.checkpoint.reading import Snapshot
@@ -145,6 +145,53 @@ def fsdp(root: Path, rank: int, world: int) -> None:
         assert train(2) == wanted
 
 
+def tensor_parallel(root: Path, rank: int, world: int) -> None:
+    """FSDP2 over tensor parallelism, both sharding the same dimension: loaded into other meshes, also by stock DCP."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("fsdp", "tp"))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 16)
+    wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    parallelize_module(model, mesh["tp"], ColwiseParallel())
+    fully_shard(model, mesh=mesh["fsdp"])
+    with Checkpointer(root, config=QUICK) as checkpointer:
+        path = checkpointer.save(1, {"model": model.state_dict()}).result().path
+        flat = DeviceMesh("cpu", list(range(world)))
+        for load in (checkpointer.load, lambda state: stock.load(state, checkpoint_id=path)):
+            into = {"model": {name: distribute_tensor(torch.zeros_like(whole), flat, [Shard(0)])
+                              for name, whole in wanted.items()}}  # fmt: skip
+            load(into)
+            for name, whole in wanted.items():
+                assert bits(into["model"][name].full_tensor()) == bits(whole), name
+        again = model.state_dict()
+        for parameter in again.values():
+            parameter.zero_()
+        checkpointer.load({"model": again})
+        for name, whole in wanted.items():
+            assert bits(again[name].full_tensor()) == bits(whole), name
+
+
+def refused(root: Path, rank: int, world: int) -> None:
+    """What has no single box on each rank is refused by name, and what was before is saved on."""
+    from torch.distributed._shard.sharded_tensor import zeros
+    from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+
+    spec = ChunkShardingSpec(dim=0, placements=[f"rank:{number}/cpu" for number in range(world)])
+    mesh = DeviceMesh("cpu", list(range(world)))
+    partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    wrong = DTensor.from_local(torch.ones(3 + rank), mesh, [Shard(0)], shape=torch.Size([8]), stride=(1,))
+    with Checkpointer(root, config=QUICK) as checkpointer:
+        assert "'t' cannot be saved: it is a ShardedTensor" in failed(
+            lambda: checkpointer.save(1, {"t": zeros(spec, 8)})
+        )
+        assert "'p' cannot be saved: a DTensor is partial" in failed(lambda: checkpointer.save(1, {"p": partial}))
+        assert "'w' cannot be saved: a DTensor holds" in failed(lambda: checkpointer.save(1, {"w": wrong}))
+        checkpointer.save(1, {"fine": torch.ones(3)}).result()
+
+
 def failures(root: Path, rank: int, world: int) -> None:
     """One rank fails, or changes its state: every rank hears of it, nothing is committed, the next save works."""
     mesh = DeviceMesh("cpu", list(range(world)))
@@ -210,6 +257,11 @@ def traffic(root: Path, rank: int, world: int) -> None:
             checkpointer.save(step, state | {"step": step}).result()
             used = checkpointer._group.bytes_sent + checkpointer._group.bytes_received - before
             assert used <= 256, f"{used} bytes"
+    with Checkpointer(root, config=QUICK) as checkpointer:  # a resume: the plan is found again
+        before = checkpointer._group.bytes_sent + checkpointer._group.bytes_received
+        checkpointer.save(5, state | {"step": 5}).result()
+        used = checkpointer._group.bytes_sent + checkpointer._group.bytes_received - before
+        assert used <= 512, f"{used} bytes"
 
 
 def failed(call) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 WORLD = 4
-FUNCTIONS = ["reshard", "fsdp", "failures", "traffic", "lost_rank"]
+FUNCTIONS = ["reshard", "fsdp", "tensor_parallel", "refused", "failures", "traffic", "lost_rank"]
 """Of `ranks.py`; the last one loses a rank."""
 
 

@@ -21,11 +21,11 @@ from stillroom.models import load
 from stillroom.schema import Example, Message, Target
 from stillroom.training import TrainConfig, train
 
-student, work = sys.argv[1:]
+student, work, behind = sys.argv[1:]
 loaded = load(student, chat_template="chatml-tools")
 answer = lambda i: (Target(Message("assistant", f"answer {i} " * 3), "teacher"),)
 data = [Example(f"e{i}", (Message("user", f"question {i}"),), (), answer(i)) for i in range(40)]
-config = TrainConfig(epochs=6, tokens_per_step=300, learning_rate=5e-3, save_every_steps=2)
+config = TrainConfig(epochs=6, tokens_per_step=300, learning_rate=5e-3, save_every_steps=2, save_behind=behind == "True")
 print("ready", flush=True)
 train(loaded, data, config, work)
 weights = b"".join(p.detach().numpy().tobytes() for p in loaded.model.parameters())
@@ -33,10 +33,10 @@ print(hashlib.sha256(weights).hexdigest())
 """
 
 
-def start(student: Path, work: Path) -> subprocess.Popen:
+def start(student: Path, work: Path, behind: bool = False) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(student), str(work)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", SCRIPT, str(student), str(work), str(behind)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, env=environment,
     )  # fmt: skip
 
@@ -52,8 +52,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(tiny_student, tmp_pat
     assert len(wanted) == len(hashlib.sha256().hexdigest())
 
     draw, landed = random.Random(kills), 0
-    for _ in range(kills):
-        with start(tiny_student, tmp_path / "killed") as process:
+    for number in range(kills):
+        with start(tiny_student, tmp_path / "killed", behind=number % 2 == 0) as process:
             assert process.stdout is not None
             process.stdout.readline()
             time.sleep(draw.uniform(0, duration / min(4, kills)))
