@@ -48,6 +48,9 @@ CHANGED = (
     "help: wait for `Save.staged()` before `optimizer.step()`; `Checkpointer.guard(optimizer)` does that."
 )
 
+FOLLOW_BYTES = 64 << 20
+"""Less is copied before the writer could begin to follow; its start would only get in the way."""
+
 
 @dataclass
 class _Job:
@@ -137,15 +140,21 @@ class Checkpointer:
         job = _Job(save, number, arena, contents, pinned.mark(contents.parts), dict(metrics or {}), name)
         self._saves = [other for other in self._saves if not (other.done() and (other.seen or not other._error))]
         self._saves.append(save)
-        try:
+        at_once = self.config.stage == "at once"
+        follow = not at_once or arena.size_bytes >= FOLLOW_BYTES
+        if follow:
             self._jobs.put(job)
-            if self.config.stage == "at once":  # while the writer follows
+        try:
+            if at_once:
                 self._stage(job)
         except BaseException:
             job.failure = "staging was interrupted"
             arena.give_up()
             save._staged.set()
             raise
+        finally:
+            if not follow:
+                self._jobs.put(job)
         save._mark("blocked")
         return save
 

@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
+from functools import lru_cache
 from typing import Any
 
 from stillroom.checkpoint import writer as program
 from stillroom.checkpoint.arena import Arena
 from stillroom.errors import CheckpointError
+from stillroom.telemetry import note
 
 TRIES = 3
 """How often a request is made before a writer that keeps dying is an error."""
@@ -33,6 +36,7 @@ class Daemon:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._closed = False
+        _announce_slow_checksums()
         self._start()
 
     @property
@@ -149,6 +153,12 @@ class Daemon:
         line, self._unread = self._unread.split(b"\n", 1)
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+
+@lru_cache(maxsize=1)
+def _announce_slow_checksums() -> None:
+    if program.crc32 is zlib.crc32:
+        note("checksums of checkpoints are made by zlib, which takes several times the CPU of ISA-L: pip install isal")
 
 
 def _advice(number: int | None) -> str:

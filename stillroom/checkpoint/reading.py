@@ -8,7 +8,6 @@ checks and we do: there the whole item is read.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import mmap
@@ -28,27 +27,13 @@ from torch import Tensor
 from stillroom.checkpoint import trees
 from stillroom.checkpoint.framing import tensor_frame
 from stillroom.checkpoint.layouts import CHANGING, SETTLED, Box, sidecar_name
+from stillroom.checkpoint.unpickling import load_metadata, load_value
 from stillroom.checkpoint.writer import BLOCK_BYTES, RECORD, SIDECAR_MAGIC, crc32
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 
 METADATA = ".metadata"
 STEP_NAME = re.compile(r"step-(\d{8,})")
 READERS = min(8, os.cpu_count() or 1)
-ADMITTED = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-}  # fmt: skip
-"""Every global that DCP's `.metadata` refers to, dtypes apart."""
-
-PLAIN_CLASSES = {"bytearray", "bytes", "complex", "frozenset", "set"}
 
 
 class Stored(NamedTuple):
@@ -182,7 +167,7 @@ class Snapshot:
         else:
             self._check_zip(name, raw)
         try:
-            return _load_value(raw, trust)
+            return load_value(raw, trust)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"value {name!r} of {self.path} is of a class that is not admitted: {str(error).splitlines()[0]}\n"
@@ -319,7 +304,7 @@ class Snapshot:
 
     def _unpickle(self, raw: bytes) -> Any:
         try:
-            metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
+            metadata = load_metadata(raw)
             metadata.state_dict_metadata, metadata.storage_data  # noqa: B018
         except CheckpointError:
             raise
@@ -352,35 +337,6 @@ class Snapshot:
         if self.ours and getattr(self._checked.get((found.file, found.offset)), "size_bytes", None) != found.size_bytes:
             raise self.corrupt(f"{METADATA} and the sidecars disagree about item {name!r}")
         return found
-
-
-def _load_value(raw: bytes, trust: bool) -> Any:
-    refused = contextlib.suppress(pickle.UnpicklingError, zipfile.BadZipFile, StopIteration)
-    with refused, zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        return _PlainUnpickler(io.BytesIO(archive.read(pickled))).load()
-    return torch.load(io.BytesIO(raw), weights_only=not trust, map_location="cpu")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Values of built-in classes, of which `torch.load(weights_only=True)` lacks some; anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode") or (module in ("builtins", "__builtin__") and name in PLAIN_CLASSES):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in ADMITTED.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise CheckpointError(
-            f"{METADATA} refers to {module}.{name}, which no DCP metadata needs.\n"
-            "help: do not open it by other means unless you trust whoever wrote it: unpickling can run any code."
-        )
 
 
 def parse_sidecar(raw: bytes) -> tuple[dict[str, Any], memoryview]:

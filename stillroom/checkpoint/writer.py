@@ -36,7 +36,7 @@ from typing import Any
 
 try:
     from isal.isal_zlib import crc32
-except ImportError:
+except ImportError:  # announced where there is somebody to read it, by `daemon.py`
     crc32 = zlib.crc32
 
 BLOCK_BYTES = 1 << 16

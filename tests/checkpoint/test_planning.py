@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 
 import pytest
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from stillroom.checkpoint.layouts import Item, file_name, places
 from stillroom.checkpoint.planning import described, plan_for_all
-from stillroom.checkpoint.reading import _MetadataUnpickler
+from stillroom.checkpoint.unpickling import load_metadata
 
 
 def items_of(rank: int) -> list[Item]:
@@ -63,7 +62,7 @@ def test_metadata_is_what_dcp_would_have_pickled():
     parts, raw, shape = plan_for_all([described(held, SHAPE) for held in items])
     chosen = [range(len(held)) if part is None else part for held, (_, part, _) in zip(items, parts, strict=True)]
     wanted = reference(items, chosen)
-    for found in (pickle.loads(raw), _MetadataUnpickler(io.BytesIO(raw)).load()):
+    for found in (pickle.loads(raw), load_metadata(raw)):
         assert found.state_dict_metadata.keys() == wanted.state_dict_metadata.keys()
         for key, entry in wanted.state_dict_metadata.items():
             assert type(found.state_dict_metadata[key]) is type(entry)

@@ -25,7 +25,8 @@ student, work, behind = sys.argv[1:]
 loaded = load(student, chat_template="chatml-tools")
 answer = lambda i: (Target(Message("assistant", f"answer {i} " * 3), "teacher"),)
 data = [Example(f"e{i}", (Message("user", f"question {i}"),), (), answer(i)) for i in range(40)]
-config = TrainConfig(epochs=6, tokens_per_step=300, learning_rate=5e-3, save_every_steps=2, save_behind=behind == "True")
+config = TrainConfig(epochs=6, tokens_per_step=300, learning_rate=5e-3, save_every_steps=2,
+                     save_behind=behind == "True")
 print("ready", flush=True)
 train(loaded, data, config, work)
 weights = b"".join(p.detach().numpy().tobytes() for p in loaded.model.parameters())
@@ -36,8 +37,8 @@ print(hashlib.sha256(weights).hexdigest())
 def start(student: Path, work: Path, behind: bool = False) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(student), str(work), str(behind)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, env=environment,
+        [sys.executable, "-c", SCRIPT, str(student), str(work), str(behind)], stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=environment,
     )  # fmt: skip
 
 
