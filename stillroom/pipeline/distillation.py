@@ -10,7 +10,7 @@ from typing import Any
 from stillroom import telemetry
 from stillroom.artifacts import Artifact
 from stillroom.errors import ModelError, NotEnoughData
-from stillroom.evaluation import advise
+from stillroom.evaluation import advise, check_items
 from stillroom.pipeline import steps
 from stillroom.pipeline.config import Recipe
 from stillroom.pipeline.planning import missing
@@ -32,6 +32,7 @@ def distill(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
     with run.store.lock(), run:
         write_atomic(out / "recipe.json", recipe.model_dump_json(indent=1))
         data = steps.prepare(run)
+        check_items(steps.read_examples(data.path / "test.jsonl"), recipe.evaluation)
         planned = steps.foretell(run, data)
         labelled = steps.label(run, data)
         before = measure_both(run, "base", labelled, data) | measure_both(run, "teacher", labelled, data)
@@ -120,6 +121,7 @@ def record(recipe: Recipe, out: Path, to: Path) -> dict[str, Any]:
     run.opener = lambda config: open_resumed(config, to)
     with run.store.lock(), run:
         data = steps.prepare(run)
+        check_items(steps.read_examples(data.path / "test.jsonl"), recipe.evaluation)
         labelled = steps.label(run, data)
         measure_both(run, "teacher", labelled, data)
         return write_answers(run, data, labelled, to)

@@ -13,7 +13,7 @@ import pytest
 
 from stillroom.artifacts import file_digest, lineage
 from stillroom.config import load_config
-from stillroom.errors import ConfigError, ModelError
+from stillroom.errors import ConfigError, DataError, ModelError
 from stillroom.pipeline import Recipe, distill, plan, record
 from stillroom.testing import LocalTeacher
 from tests.pipeline.recipe import answer, command, write_recipe
@@ -144,6 +144,18 @@ def test_what_is_missing_ends_a_run_before_any_work(undisturbed, tmp_path, monke
     with pytest.raises(ModelError, match=f"(?s){what}.*help: .*{to_do}"):
         start(load_config(Recipe, recipe, [setting]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert teacher.calls() == calls
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("data.test=0", "no held-out examples"), ("evaluation.task=classification", "no label to expect")],
+)
+def test_items_that_cannot_be_scored_end_a_run_before_the_teacher_is_asked(undisturbed, tmp_path, setting, what):
+    _, recipe, teacher, _ = undisturbed
+    calls = teacher.calls()
+    with pytest.raises(DataError, match=what):
+        distill(load_config(Recipe, recipe, [setting]), tmp_path / "run")
     assert teacher.calls() == calls
 
 
