@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,18 @@ def plan(
     found = pipeline.plan(_load(recipe, set_), gpu=gpu)
     print(found.text)
     print(json.dumps(found.figures))
+
+
+@app.command()
+def settings(
+    section: Annotated[str, typer.Argument(help="Only these, such as training or teacher.model.")] = "",
+) -> None:
+    """List every setting of a recipe with its type, its default and what it does."""
+    from stillroom.pipeline.settings import page
+    from stillroom.pipeline.settings import settings as settings_of
+
+    print(page(section))
+    print(json.dumps([asdict(setting) for setting in settings_of(section)]))
 
 
 @app.command()
