@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,18 @@ def plan(
     found = pipeline.plan(_load(recipe, set_), gpu=gpu)
     print(found.text)
     print(json.dumps(found.figures))
+
+
+@app.command()
+def settings(
+    section: Annotated[str, typer.Argument(help="Only these, such as training or teacher.model.")] = "",
+) -> None:
+    """List every setting of a recipe with its type, its default and what it does."""
+    from stillroom.pipeline.settings import page
+    from stillroom.pipeline.settings import settings as settings_of
+
+    print(page(section))
+    print(json.dumps([asdict(setting) for setting in settings_of(section)]))
 
 
 @app.command()
@@ -151,16 +164,19 @@ def data_check(
         str | None, typer.Option(help='Metadata filter of invocation logs, as JSON: {"equals": {"project": "x"}}.')
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and rejected.jsonl.")] = None,
-    minimum: Annotated[int, typer.Option(help="Exit with 1 when fewer records than this are accepted.")] = 1,
+    minimum: Annotated[int, typer.Option(help="Accepted records that are enough: a recipe's `data.minimum`.")] = 100,
 ) -> None:
-    """The prompt-insights report: how many records are usable, and for each that is not, where, why, what to change."""
+    """The prompt-insights report: how many records are usable, and for each that is not, where, why, what to change.
+
+    Exit status: 0 when at least --minimum records are accepted, whatever else is rejected; 1 when fewer are, or PATH
+    cannot be read.
+    """
     from stillroom import data
 
-    insights = data.check(path, format=format, where=_json_option("--where", where), out=out)
+    insights = data.check(path, format=format, where=_json_option("--where", where), minimum=minimum, out=out)
     print(insights.to_text())
     print(json.dumps(insights.to_json()))
-    if insights.accepted < minimum:
-        raise typer.Exit(1)
+    raise typer.Exit(0 if insights.enough else 1)
 
 
 Root = Annotated[Path, typer.Argument(help="Folder of checkpoints, such as runs/x/checkpoints.", metavar="ROOT")]

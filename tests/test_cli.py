@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from stillroom.artifacts import Store
+from stillroom.data import DataConfig
 from tests.conftest import weather_record, write_jsonl
 
 
@@ -27,7 +28,7 @@ def test_data_check_counts_on_stdout_and_ends_in_json(tmp_path):
     path = write_jsonl(tmp_path / "prompts.jsonl", [weather_record(index, answer=True) for index in range(3)])
     with path.open("a") as file:
         file.write("{not json\n")
-    done = stillroom("data", "check", path, "--out", tmp_path / "insights")
+    done = stillroom("data", "check", path, "--out", tmp_path / "insights", "--minimum", 3)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["accepted"] == 3
@@ -36,8 +37,20 @@ def test_data_check_counts_on_stdout_and_ends_in_json(tmp_path):
 
 
 def test_data_check_fails_below_the_minimum(tmp_path):
-    path = write_jsonl(tmp_path / "prompts.jsonl", [weather_record(0, answer=True)])
-    assert stillroom("data", "check", path, "--minimum", 2).returncode == 1
+    path = write_jsonl(tmp_path / "prompts.jsonl", [weather_record(index, answer=True) for index in range(99)])
+    for minimum, status in ((), 1), (("--minimum", 99), 0), (("--minimum", 120), 1):
+        done = stillroom("data", "check", path, *minimum)
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert done.returncode == status
+        assert found["enough"] == (status == 0)
+        assert found["minimum"] == (minimum[1] if minimum else 100)
+        assert (f"{found['minimum']} are asked for" in done.stdout) == (status == 1)
+
+
+def test_data_check_says_its_exit_status_and_its_minimum():
+    shown = " ".join(stillroom("data", "check", "--help").stdout.split())
+    assert "Exit status: 0 when at least --minimum records are accepted" in shown
+    assert f"`data.minimum`. [default: {DataConfig.model_fields['minimum'].default}]" in shown
 
 
 def test_a_mistake_is_one_clear_message_without_a_traceback(tmp_path):

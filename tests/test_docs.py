@@ -75,14 +75,56 @@ def test_every_record_in_the_docs_is_accepted(tmp_path):
     from stillroom.data import read
     from stillroom.schema import Example
 
-    (block,) = blocks("jsonl")
-    path = tmp_path / "records.jsonl"
-    path.write_text(block, encoding="utf-8")
-    unlabelled, golden = read(path)
-    assert isinstance(unlabelled, Example)
-    assert isinstance(golden, Example)
-    assert not unlabelled.targets
-    assert golden.expected == [{"get_weather": {"city": ["Rome"]}}]
+    openai, bedrock, logged, question, answer = blocks("jsonl")
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / "possible_answer" / "bfcl.jsonl").write_text(answer, encoding="utf-8")
+    found = {}
+    for name, block in (("openai", openai), ("bedrock", bedrock), ("logged", logged), ("bfcl", question)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(block, encoding="utf-8")
+        found[name] = list(read(path))
+        assert all(isinstance(each, Example) for each in found[name]), found[name]
+    for unlabelled, golden in (found["openai"], found["bedrock"]):
+        assert not unlabelled.targets
+        assert [tool.name for tool in unlabelled.tools] == ["get_weather"]
+        assert golden.expected == [{"get_weather": {"city": ["Rome"]}}]
+    assert [(target.origin, target.message.content) for target in found["logged"][0].targets] == [
+        ("teacher", "Cold, 3 degrees.")
+    ]
+    assert found["bfcl"][0].expected == [{"get_weather": {"city": ["Oslo"]}}]
+
+
+def test_the_list_of_settings_is_what_the_command_prints():
+    from stillroom.pipeline.settings import page
+
+    # To write it again: stillroom settings | sed '$d' > docs/settings.md
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page() + "\n"
+
+
+def test_every_setting_is_listed_with_what_it_does():
+    """Independent of the list: the classes' own fields, counted by walking their JSON schema."""
+    from stillroom.pipeline import Recipe
+    from stillroom.pipeline.settings import settings
+
+    schema = Recipe.model_json_schema()
+    groups = {name: set(found["properties"]) for name, found in schema["$defs"].items()} | {
+        "Recipe": set(schema["properties"])
+    }
+    listed = settings()
+    parts = {part for each in listed for part in each.name.replace("[]", "").split(".")}
+    assert set().union(*groups.values()) == parts
+    assert len({each.name for each in listed}) == len(listed)
+    assert all(each.text and each.kind for each in listed)
+
+
+def test_the_settings_of_one_section_are_its_own():
+    from stillroom.errors import ConfigError
+    from stillroom.pipeline.settings import settings
+
+    assert {each.name.partition(".")[0] for each in settings("training")} == {"training"}
+    assert all(each.name.startswith("data.sources[].") for each in settings("data.sources"))
+    with pytest.raises(ConfigError, match="sections are name, seed, data, teacher"):
+        settings("trainings")
 
 
 def test_every_setting_named_in_the_sources_exists():

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 
 from stillroom.data.reasons import Reason, Reject
-from stillroom.errors import DataError
+from stillroom.errors import DataError, ParseError
 from stillroom.schema import Example, Message, Origin, Target, ToolSpec
-from stillroom.toolcalls import expected_from
+from stillroom.toolcalls import expected_from, may_begin_calls, parse_calls
 
 ID_BYTES = 16
 
@@ -29,8 +29,8 @@ def example_of(
 ) -> Example:
     """An example of a conversation; an assistant's message at the end is taken off as the answer.
 
-    A golden answer is also what scoring accepts (`expected`): its calls, or its text. An example without
-    an id of its own is named by the digest of its prompt.
+    A golden answer is also what scoring accepts (`expected`): its calls, or its text. Where tools are offered, a text
+    that is nothing but calls stands for them. An example without an id of its own is named by the digest of its prompt.
 
     Raises:
         Reject: nothing but answers is there.
@@ -44,6 +44,8 @@ def example_of(
     else:
         raise Reject(Reason.NO_PROMPT, "has no message of the role user to answer")
     identity = identity or PromptId(_digest(prompt, tools).hex())
+    if answer is not None and origin == "golden" and tools:
+        answer = _with_calls(answer)
     targets = (Target(answer, origin, model),) if answer is not None else ()
     expected = _expected(answer, tools) if answer is not None and origin == "golden" else None
     return Example(identity, prompt, tools, targets, expected, category, None, source, (), metadata or {})
@@ -72,6 +74,17 @@ def _digest(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> bytes:
     if tools:
         parts.append([(tool.name, tool.description, tool.parameters) for tool in tools])
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=ID_BYTES).digest()
+
+
+def _with_calls(answer: Message) -> Message:
+    """An answer with its calls in `tool_calls`, where its text begins with them and can be read as nothing else."""
+    if answer.tool_calls or not may_begin_calls(answer.content):
+        return answer
+    try:
+        calls = parse_calls(answer.content)
+    except ParseError:
+        return answer
+    return Message(answer.role, "", calls) if calls else answer
 
 
 def _expected(answer: Message, tools: Sequence[ToolSpec]) -> Any:

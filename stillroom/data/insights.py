@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stillroom.data.answers import prompt_key
-from stillroom.data.config import ReadLimits
+from stillroom.data.config import DataConfig, ReadLimits
 from stillroom.data.digests import DigestSet
 from stillroom.data.reader import read
 from stillroom.data.reasons import DataWarning, Reason, Rejection
@@ -24,7 +24,7 @@ from stillroom.schema import Example
 from stillroom.storage import write_atomic
 from stillroom.telemetry import progress
 
-MINIMUM = 100
+MINIMUM: int = DataConfig.model_fields["minimum"].default
 KEPT_PER_REASON = 20
 MOST_FILES = 1000
 
@@ -34,7 +34,7 @@ class Insights:
     """What `check` found.
 
     Attributes:
-        paths: what was checked. minimum: accepted records that a distillation needs.
+        paths: what was checked. minimum: accepted records that are asked for.
         accepted, rejected, warned: records; a warned one is accepted too.
         labelled: accepted records that carry an answer.
         by_reason: how often each reason was found, rejections and warnings.
@@ -58,7 +58,7 @@ class Insights:
 
     @property
     def enough(self) -> bool:
-        """Whether a distillation would start on this data."""
+        """Whether as many records were accepted as are asked for."""
         return self.accepted >= self.minimum
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Insights:
     def to_text(self) -> str:
         """All of it for a terminal: the verdict, then a line for each reason with its first place."""
         total = self.accepted + self.rejected
-        verdict = "enough" if self.enough else f"not enough: a distillation needs {self.minimum:,}"
+        verdict = "enough" if self.enough else f"not enough: {self.minimum:,} are asked for"
         lines = [f"{self.accepted:,} of {total:,} records accepted ({verdict}), {self.warned:,} with a warning"]
         for reason, count in sorted(self.by_reason.items(), key=lambda pair: (pair[0].is_warning, -pair[1])):
             first = self.samples[reason][0]
@@ -112,6 +112,7 @@ def check(
 
     Args:
         format, where, limits, model: as `read` takes them.
+        minimum: accepted records that are enough; by default what a recipe's `data.minimum` is by default.
         out: a folder for `rejected.jsonl`, which lists every rejection and warning as they are found, and
             `report.html`, the page.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from stillroom.data.contents import refuse_other_than_text
 from stillroom.data.reasons import Reason, Reject
 
 BLOCK_BYTES = 1 << 18
@@ -40,11 +41,12 @@ def lines(path: Path, *, line_bytes: int, expansion_ratio: int) -> Iterator[tupl
     Blank lines are passed over. A line longer than `line_bytes` comes as `TooLong`.
 
     Raises:
-        Reject: the file cannot be opened, is no regular file, or its compressed data is unusable.
+        Reject: the file cannot be opened, is no regular file, its compressed data is unusable, or it is no text.
     """
     number, rest, skipped = 0, b"", 0
     for position, block in enumerate(blocks(path, expansion_ratio=expansion_ratio)):
         if position == 0:
+            refuse_other_than_text(block)
             block = block.removeprefix(BYTE_ORDER_MARK)
         *complete, tail = block.split(b"\n")
         if complete:
@@ -73,7 +75,7 @@ def blocks(path: Path, *, expansion_ratio: int) -> Iterator[bytes]:
     """The file's bytes, expanded where it is gzip (told by its first bytes, not by its name).
 
     Raises:
-        Reject: as `lines`.
+        Reject: as `lines`, save that no content is refused.
     """
     with open_regular(path) as file:
         try:

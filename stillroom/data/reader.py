@@ -17,9 +17,10 @@ from typing import Any
 from stillroom.data import bedrock, bfcl, invocation_logs, openai_chat
 from stillroom.data.advice import advice
 from stillroom.data.config import ReadLimits
+from stillroom.data.contents import refuse_other_than_text
 from stillroom.data.filters import check_filter, matches
 from stillroom.data.jsontext import decode
-from stillroom.data.lines import TooLong, lines, open_regular
+from stillroom.data.lines import TooLong, blocks, lines, open_regular
 from stillroom.data.loose_json import DEPTH, read_loosely
 from stillroom.data.reasons import DataWarning, Reason, Reject, Rejection, excerpt
 from stillroom.data.shapes import type_name
@@ -147,7 +148,7 @@ def _read_file(file: Path, reading: _Reading) -> Iterator[Finding]:
     records = _Records(file, reading)
     number = 0
     try:
-        _check_extension(file, records.format)
+        _check_extension(file, records.format, reading.limits)
         for number, line in lines(file, line_bytes=records.line_bytes, expansion_ratio=reading.limits.expansion_ratio):
             reading.take(len(line))
             try:
@@ -204,7 +205,7 @@ class _Records:
     def _settle(self, record: Mapping[str, Any]) -> None:
         """Fix the format by the first record that can be decoded."""
         self.format = _detected(record) if self.format == "auto" else self.format
-        _check_extension(self.file, self.format)
+        _check_extension(self.file, self.format, self.reading.limits)
         self.line_bytes = self.reading.line_bytes(self.format)
         self._parse = _parser(self.format, self.file, self.reading)
 
@@ -230,8 +231,6 @@ def _beginning(file: Path) -> bytes:
 
 def _first_record(line: bytes, depth: int) -> Any:
     """The value of a file's first line, where it shows if the file is no JSON lines at all."""
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise Reject(Reason.INVALID_UTF8, "is UTF-16 text")
     try:
         value = decode(line, depth=depth)
     except Reject as error:
@@ -277,7 +276,9 @@ def _parser(format: str, file: Path, reading: _Reading) -> ToExample:
     return lambda record, source: bfcl.to_example(record, answers, group, source)
 
 
-def _check_extension(file: Path, format: str) -> None:
+def _check_extension(file: Path, format: str, limits: ReadLimits) -> None:
     allowed = EXTENSIONS.get(format, ANY_EXTENSION)
     if not file.name.lower().endswith(allowed):
+        # Renaming, which this reason advises, would help no archive and no picture.
+        refuse_other_than_text(next(blocks(file, expansion_ratio=limits.expansion_ratio), b""))
         raise Reject(Reason.WRONG_EXTENSION, f"{format} files end in {' or '.join(allowed)}")

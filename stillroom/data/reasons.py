@@ -37,6 +37,12 @@ class Reason(StrEnum):
     NOT_A_FILE = "not_a_file", "Give a regular file or a folder; pipes, devices and broken links are not read."
     UNREADABLE = "unreadable_file", "Check that the file is still there and that you may read it."
     NOT_JSON_LINES = "not_json_lines", "Write one object per line and no list around them: `jq -c '.[]' in > out`."
+    OTHER_ENCODING = (
+        "other_encoding",
+        "Convert the file from the encoding that the message names: `iconv -f UTF-16 -t UTF-8 in > out`.",
+    )
+    OTHER_COMPRESSION = "other_compression", "Expand the file first; of compressed files only gzip is read."
+    NOT_TEXT = "not_text", "Leave the file out, or export its records as JSON, one object on each line."
     TRUNCATED_GZIP = "truncated_gzip", "The file ends in the middle; copy it again. What stood before the cut was read."
     CORRUPT_GZIP = "corrupt_gzip", "The compressed data is damaged; copy it again and test it with `gzip -t`."
     GZIP_BOMB = "gzip_bomb", "The file expands beyond any real log; leave it out, or split it if it is genuine."
@@ -45,7 +51,7 @@ class Reason(StrEnum):
 
     # The line as text.
     LINE_TOO_LONG = "line_too_long", "Shorten the record, or raise the limit on the bytes of a line."
-    INVALID_UTF8 = "invalid_utf8", "Save the file as UTF-8: `iconv -f latin1 -t utf-8 in > out`, or `-f utf-16`."
+    INVALID_UTF8 = "invalid_utf8", "Save the file as UTF-8: `iconv -f latin1 -t utf-8 in > out`, if it is Latin-1."
     INVALID_JSON = "invalid_json", "Write the record with a JSON library; look for single quotes and cut lines."
     DUPLICATE_KEYS = "duplicate_keys", "Keep one of the equal keys: JSON readers disagree about which of them counts."
     TOO_DEEP = "too_deep", "Flatten the record; no prompt or tool needs this many levels."

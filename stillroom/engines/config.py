@@ -23,13 +23,18 @@ DEFAULT_CONCURRENCY = {"transformers": 1024, "llama.cpp": 1, "openai": 8, "bedro
 
 
 class Price(BaseModel, frozen=True, extra="forbid"):
-    """What a million tokens cost, in US dollars. 0 for a model of one's own."""
+    """What a million tokens cost, in US dollars. 0, where nobody pays by the token, is shown as no price."""
 
     input_per_million: float = Field(default=0.0, ge=0)
     """US dollars for a million tokens of prompt."""
 
     output_per_million: float = Field(default=0.0, ge=0)
     """US dollars for a million tokens of answer."""
+
+    @property
+    def stated(self) -> bool:
+        """Whether a figure is given; zero, the default, says that nobody stated one."""
+        return bool(self.input_per_million or self.output_per_million)
 
     def usd(self, input_tokens: float, output_tokens: float) -> float:
         """What so many tokens cost, in US dollars."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stillroom.evaluation.config import EvalConfig, JudgeConfig
     from stillroom.evaluation.few_shot import choose_shots
     from stillroom.evaluation.latency import Speed, measure_speed, speed_of_answers
-    from stillroom.evaluation.measuring import answer_cap, evaluate, evaluation_requests
+    from stillroom.evaluation.measuring import answer_cap, check_items, evaluate, evaluation_requests
     from stillroom.evaluation.report import write_report
     from stillroom.evaluation.report_data import (
         DataReport,
@@ -62,6 +62,7 @@ _WHERE = {
     "TrainingReport": "report_data",
     "advise": "advising",
     "answer_cap": "measuring",
+    "check_items": "measuring",
     "choose_shots": "few_shot",
     "compare": "comparing",
     "evaluate": "measuring",
@@ -96,6 +97,7 @@ __all__ = [
     "TrainingReport",
     "advise",
     "answer_cap",
+    "check_items",
     "choose_shots",
     "compare",
     "evaluate",

@@ -39,6 +39,21 @@ def answer_cap(training_answer_tokens: Iterable[int], config: EvalConfig = EvalC
     return max(_MINIMUM_CAP, math.ceil(config.answer_cap_ratio * longest))
 
 
+def check_items(examples: Sequence[Example], config: EvalConfig) -> None:
+    """Return where the task can score every example. Asks nobody, so that a run knows before it spends anything.
+
+    Raises:
+        NotEnoughData, DataError, ConfigError: as `evaluate`.
+    """
+    _check(examples, scorer_for(config, judge=config.judge.model))
+
+
+def _check(examples: Sequence[Example], scorer: Scorer) -> None:
+    if not examples:
+        raise NotEnoughData("there are no held-out examples to evaluate on.\nhelp: set `data.test` to their number.")
+    scorer.check(examples)
+
+
 def evaluate(
     model: ChatModel,
     examples: Sequence[Example],
@@ -72,10 +87,8 @@ def evaluate(
         ModelUnavailable: the endpoint stayed down; run again to go on.
         ModelRefused: every item was refused.
     """
-    if not examples:
-        raise NotEnoughData("there are no held-out examples to evaluate on.\nhelp: raise the share of the test split.")
     scorer = scorer_for(config, judge=judge, answers=answers)
-    scorer.check(examples)
+    _check(examples, scorer)
     started = time.monotonic()
     requests = evaluation_requests(examples, config, max_tokens=max_tokens, best=best, shots=shots)
     cache, stats = AnswerCache(answers) if isinstance(answers, str | Path) else answers, AskStats()

@@ -9,10 +9,11 @@ from typing import Any
 
 from stillroom import telemetry
 from stillroom.artifacts import Artifact
-from stillroom.errors import NotEnoughData
-from stillroom.evaluation import advise
+from stillroom.errors import ModelError, NotEnoughData
+from stillroom.evaluation import advise, check_items
 from stillroom.pipeline import steps
 from stillroom.pipeline.config import Recipe
+from stillroom.pipeline.planning import missing
 from stillroom.pipeline.reporting import report
 from stillroom.pipeline.steps import Run
 from stillroom.storage import write_atomic
@@ -25,14 +26,13 @@ def distill(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
         LicenseConflict, ConfigError, NotEnoughData, ModelError, BudgetExceeded: before or where it happens;
             what was done until then is kept.
     """
-    from stillroom.teacher import check_terms
-
     started = time.monotonic()
-    check_terms(recipe.teacher)
+    check_before_work(recipe)
     run = Run.at(recipe, out)
     with run.store.lock(), run:
         write_atomic(out / "recipe.json", recipe.model_dump_json(indent=1))
         data = steps.prepare(run)
+        check_items(steps.read_examples(data.path / "test.jsonl"), recipe.evaluation)
         planned = steps.foretell(run, data)
         labelled = steps.label(run, data)
         before = measure_both(run, "base", labelled, data) | measure_both(run, "teacher", labelled, data)
@@ -48,6 +48,19 @@ def distill(recipe: Recipe, out: Path, *, command: str = "") -> dict[str, Any]:
         **places(out),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def check_before_work(recipe: Recipe) -> None:
+    """Return where nothing shows yet that would end the run later.
+
+    Raises:
+        LicenseConflict: the terms forbid the run. ModelError: a file, a key or a package of a model is missing.
+    """
+    from stillroom.teacher import check_terms
+
+    check_terms(recipe.teacher)
+    if lacking := missing(recipe):
+        raise ModelError("\n".join(lacking))
 
 
 def measure_both(
@@ -102,13 +115,13 @@ def stopped(advice: Any, started: float) -> dict[str, Any]:
 def record(recipe: Recipe, out: Path, to: Path) -> dict[str, Any]:
     """Ask the teacher everything that a run of this recipe needs, and write the answers as invocation logs."""
     from stillroom.pipeline.recording import open_resumed, write_answers
-    from stillroom.teacher import check_terms
 
-    check_terms(recipe.teacher)
+    check_before_work(recipe)
     run = Run.at(recipe, out)
     run.opener = lambda config: open_resumed(config, to)
     with run.store.lock(), run:
         data = steps.prepare(run)
+        check_items(steps.read_examples(data.path / "test.jsonl"), recipe.evaluation)
         labelled = steps.label(run, data)
         measure_both(run, "teacher", labelled, data)
         return write_answers(run, data, labelled, to)

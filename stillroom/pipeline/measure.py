@@ -125,6 +125,6 @@ def _figures(result: Result, speed: Speed | None, price: Price) -> dict[str, Any
         "latency_s": {"p50": speed.p50.value, "p95": speed.p95_s, "calls": speed.calls} if speed else None,
         "output_tokens_per_s": speed.output_tokens_per_s if speed else None,
         "memory_bytes": speed.memory_bytes if speed else None,
-        "usd_per_million": price.model_dump() if price != Price() else None,
-        "usd": sum(item.cost_usd for item in result.items),
+        "usd_per_million": price.model_dump() if price.stated else None,
+        "usd": sum(item.cost_usd for item in result.items) if price.stated else None,
     }

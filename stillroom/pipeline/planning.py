@@ -100,12 +100,16 @@ def leaves_the_machine(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def missing(recipe: Recipe) -> list[str]:
-    """What the teacher or the judge lacks to be opened: a file, a key, a package."""
+    """What the models lack to be opened, and what to do: a file, a key, a package."""
     from stillroom.engines import obstacle
 
-    asked = {"teacher": recipe.teacher.model, "judge": recipe.evaluation.judge.model}
-    found = {role: obstacle(model) for role, model in asked.items() if model is not None}
-    return [f"{role}: {why.splitlines()[0]}" for role, why in found.items() if why]
+    models = {
+        "student": recipe.student.as_model(recipe.student.path),
+        "teacher": recipe.teacher.model,
+        "judge": recipe.evaluation.judge.model,
+    }
+    found = {role: obstacle(model) for role, model in models.items() if model is not None}
+    return [f"{role}: {why}" for role, why in found.items() if why]
 
 
 def licences(recipe: Recipe) -> list[dict[str, str]]:
@@ -169,6 +173,7 @@ def _records(prepared: Any) -> dict[str, int]:
 
 def _calls(recipe: Recipe, sizes: _Sizes) -> dict[str, Any]:
     """Upper bounds: what the answer cache holds already costs nothing, and is known once the teacher is opened."""
+    price = recipe.teacher.model.price
     variants = 2 if recipe.evaluation.best else 1
     calls = len(sizes.ask) + variants * len(sizes.test)
     asked = sum(sizes.ask) + variants * sum(sizes.test)
@@ -178,7 +183,7 @@ def _calls(recipe: Recipe, sizes: _Sizes) -> dict[str, Any]:
         "calls": calls,
         "input_tokens": asked + shown,
         "output_tokens": output,
-        "usd": round(recipe.teacher.model.price.usd(asked + shown, output), 4),
+        "usd": round(price.usd(asked + shown, output), 4) if price.stated else None,
         "budget_usd": recipe.teacher.budget.max_usd,
         "paid": recipe.teacher.model.engine in REMOTE,
     }
@@ -258,7 +263,7 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
         f"validation {records['validation']}, test {records['test']}; {records['rejected']} rejected, "
         f"{records['near_duplicates_removed']} near-duplicates of held-out prompts removed",
         f"  teacher   {recipe.teacher.model.engine}: at most {teacher['calls']} calls, about "
-        f"{teacher['input_tokens']:,} tokens in and {teacher['output_tokens']:,} out, {_cost(teacher)}",
+        f"{teacher['input_tokens']:,} tokens in and {teacher['output_tokens']:,} out, {money(teacher['usd'])}",
         f"  training  {training['sequences']} sequences, {training['tokens']:,} tokens in {training['steps']} steps",
         f"  memory    {memory['training_gib']} GiB of {memory['available_gib']} on {memory['on']}: "
         f"{'fits' if memory['fits'] else 'DOES NOT FIT; lower training.tokens_per_step or use training.method=lora'}",
@@ -273,7 +278,7 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
     lines += [f"  leaves    {row['what']} -> {row['to']}" for row in figures["leaves_the_machine"]] or [
         "  leaves    nothing leaves this machine"
     ]
-    lines += [f"  MISSING   {what}" for what in figures["missing"]]
+    lines += [f"  MISSING   {what}".replace("\n", f"\n{'':12}") for what in figures["missing"]]
     for row in figures["licences"]:
         lines.append(
             f"  licence   {row['what']} {row['name']}: {row['license'] or 'not stated'} {row.get('terms', '')}".rstrip()
@@ -283,6 +288,6 @@ def _text(recipe: Recipe, figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cost(teacher: dict[str, Any]) -> str:
-    """What the calls cost; an endpoint whose price the recipe does not state is not thereby free."""
-    return "price not stated" if teacher["paid"] and not teacher["usd"] else f"USD {teacher['usd']:.2f}"
+def money(usd: float | None) -> str:
+    """US dollars; what has no price in the recipe is not thereby free."""
+    return "no price is stated" if usd is None else f"USD {usd:.2f}"

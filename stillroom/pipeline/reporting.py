@@ -33,7 +33,7 @@ from stillroom.evaluation import (
 )
 from stillroom.evaluation.headline import headline
 from stillroom.pipeline import steps
-from stillroom.pipeline.planning import leaves_the_machine, licences
+from stillroom.pipeline.planning import leaves_the_machine, licences, money
 from stillroom.pipeline.steps import Run, read_json
 
 REPORT_ROOMS = ("evaluation", "pipeline", "schema")
@@ -147,7 +147,7 @@ def _models(
 
 def _known(price: Price) -> dict[str, float]:
     """The price where the recipe gives one; a report shows no figure otherwise."""
-    if not (price.input_per_million or price.output_per_million):
+    if not price.stated:
         return {}
     return {"input": price.input_per_million, "output": price.output_per_million}
 
@@ -249,7 +249,11 @@ def _plan(planned: Artifact, run: Run, labelled: Artifact, student: Artifact) ->
     )
     rows = [
         PlanRow(what="teacher calls", planned=f"at most {figures['teacher']['calls']}", actual=str(calls)),
-        PlanRow(what="spent on the teacher", planned=f"USD {figures['teacher']['usd']:.2f}", actual=f"USD {spent:.2f}"),
+        PlanRow(
+            what="spent on the teacher",
+            planned=money(figures["teacher"]["usd"]),
+            actual=money(spent if run.recipe.teacher.model.price.stated else None),
+        ),
         PlanRow(what="training tokens", planned=f"{figures['training']['tokens']:,}", actual=f"{trained['tokens']:,}"),
         PlanRow(
             what="memory of the training",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from stillroom.engines.config import BudgetConfig, ModelConfig, RetryConfig
 
@@ -42,3 +42,12 @@ class TeacherConfig(BaseModel, frozen=True, extra="forbid"):
 
     acknowledge_terms: str = ""
     """Why the run is allowed although licence or terms seem to forbid it; recorded with the run."""
+
+    @model_validator(mode="after")
+    def _money_is_counted(self) -> Self:
+        if self.budget.max_usd is not None and not self.model.price.stated:
+            raise ValueError(
+                "budget.max_usd bounds nothing while no price is stated; add to `model` "
+                "`price: {input_per_million: ..., output_per_million: ...}`, or use budget.max_tokens"
+            )
+        return self

@@ -308,7 +308,7 @@ HOSTILE_TEXTS = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_lines_take_no_more_memory_than_the_limits(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(HOSTILE[name] + b"\n" + line(bedrock("good")))
+    path.write_bytes(line(bedrock("first")) + HOSTILE[name] + b"\n" + line(bedrock("good")))
 
     tracemalloc.start()
     findings = list(read(path, "bedrock", limits=ReadLimits(line_bytes=MIB)))

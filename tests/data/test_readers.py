@@ -437,3 +437,26 @@ def test_examples_are_plain_json_values(write: Write) -> None:
     example = only(write("a.jsonl", [bedrock("Weather in Oslo?", "Rain", toolConfig={"tools": [WEATHER]})]))
 
     assert json.loads(json.dumps(to_dict(example)))["messages"][0]["content"] == "Weather in Oslo?"
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ('[get_weather(city="Rome")]', (ToolCall("get_weather", {"city": "Rome"}),)),
+        ('{"name": "get_weather", "arguments": {"city": "Rome"}}', (ToolCall("get_weather", {"city": "Rome"}),)),
+        ("It is sunny in Rome.", ()),
+        ("[]", ()),
+        ("[1, 2, 3]", ()),
+    ],
+)
+def test_a_golden_text_that_is_calls_is_scored_as_calls(write: Write, text: str, calls: tuple[ToolCall, ...]) -> None:
+    found = only(write("a.jsonl", [bedrock("what is it like", text, toolConfig={"tools": [WEATHER]})]))
+
+    assert found.targets[0].message == Message("assistant", "" if calls else text, calls)
+    assert found.expected == ([{"get_weather": {"city": ["Rome"]}}] if calls else text)
+
+
+def test_a_text_that_looks_like_a_call_stays_a_text_where_no_tools_are_offered(write: Write) -> None:
+    found = only(write("a.jsonl", [bedrock("what is it like", '[get_weather(city="Rome")]')]))
+
+    assert found.expected == '[get_weather(city="Rome")]'

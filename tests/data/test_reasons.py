@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
+import random
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +224,22 @@ def test_a_bad_bfcl_question_is_rejected_for_its_reason(
     assert findings[1].reason == reason
 
 
+def zipped(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.jsonl", content)
+    return buffer.getvalue()
+
+
+def in_a_tar(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("a.jsonl")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 MANY = b"".join(line(bedrock(f"question {number} {os.urandom(40).hex()}")) for number in range(3_000))
 FILES: list[tuple[str, str, bytes, int]] = [
     ("empty_file", "a.jsonl", b"", 0),
@@ -228,7 +250,22 @@ FILES: list[tuple[str, str, bytes, int]] = [
     ("not_json_lines", "a.jsonl", json.dumps([bedrock()] * 3, indent=1).encode(), 0),
     ("not_json_lines", "a.jsonl", json.dumps([bedrock()] * 3).encode(), 0),
     ("not_json_lines", "a.jsonl", json.dumps(bedrock(), indent=2).encode(), 0),
-    ("invalid_utf8", "a.jsonl", json.dumps(bedrock()).encode("utf-16"), 1),
+    ("other_encoding", "a.jsonl", (GOOD.decode() * 300).encode("utf-16"), 0),
+    ("other_encoding", "a.jsonl", (GOOD.decode() * 300).encode("utf-16-le"), 0),
+    ("other_encoding", "a.jsonl", (GOOD.decode() * 300).encode("utf-16-be"), 0),
+    ("other_encoding", "a.jsonl", (GOOD.decode() * 300).encode("utf-32"), 0),
+    ("other_encoding", "a.jsonl.gz", gzip.compress((GOOD.decode() * 300).encode("utf-16")), 0),
+    ("not_text", "a.jsonl", random.Random(1).randbytes(100_000), 0),
+    ("not_text", "a.jsonl.gz", gzip.compress(random.Random(1).randbytes(100_000)), 0),
+    ("not_text", "photo.png", b"\x89PNG\r\n\x1a\n" + random.Random(1).randbytes(10_000), 0),
+    ("not_text", "a.parquet", b"PAR1\x15\x04" + b"text " * 2_000, 0),
+    ("other_compression", "a.jsonl.bz2", bz2.compress(GOOD), 0),
+    ("other_compression", "a.jsonl", bz2.compress(GOOD), 0),
+    ("other_compression", "a.jsonl.xz", lzma.compress(GOOD), 0),
+    ("other_compression", "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + random.Random(1).randbytes(200), 0),
+    ("other_compression", "a.zip", zipped(GOOD), 0),
+    ("other_compression", "a.tar.gz", gzip.compress(in_a_tar(GOOD)), 0),
+    ("other_compression", "a.jsonl.gz", gzip.compress(gzip.compress(GOOD)), 0),
     ("truncated_gzip", "a.jsonl.gz", gzip.compress(MANY)[:-100_000], 2),
     ("truncated_gzip", "a.jsonl.gz", gzip.compress(GOOD)[:-4], 1),
     ("truncated_gzip", "a.jsonl.gz", gzip.compress(GOOD)[:5], 0),
@@ -253,6 +290,15 @@ def test_a_bad_file_is_rejected_for_its_reason(
         assert rejected[0].line == 0
 
 
+def test_the_message_names_the_encoding_and_the_help_converts_it(write: Write) -> None:
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        (rejected,) = read(write("a.jsonl", (GOOD.decode() * 300).encode(encoding)))
+
+        assert isinstance(rejected, Rejection)
+        assert rejected.message.endswith(encoding.upper().replace("6-", "6"))
+        assert "iconv -f UTF-16 -t UTF-8" in rejected.help
+
+
 def test_what_stood_before_the_cut_of_a_gzip_file_is_read(write: Write) -> None:
     path = write("a.jsonl.gz", gzip.compress(MANY)[:-100_000])
 
@@ -264,7 +310,7 @@ def test_what_stood_before_the_cut_of_a_gzip_file_is_read(write: Write) -> None:
 
 
 def test_a_file_that_expands_without_end_is_given_up(write: Write) -> None:
-    path = write("bomb.jsonl.gz", gzip.compress(b"\0" * 64_000_000, 9))
+    path = write("bomb.jsonl.gz", gzip.compress(b" " * 64_000_000, 9))
 
     (rejected,) = [found for found in read(path) if isinstance(found, Rejection)]
 

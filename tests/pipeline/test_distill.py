@@ -13,10 +13,18 @@ import pytest
 
 from stillroom.artifacts import file_digest, lineage
 from stillroom.config import load_config
+from stillroom.errors import ConfigError, DataError, ModelError
 from stillroom.pipeline import Recipe, distill, plan, record
 from stillroom.testing import LocalTeacher
 from tests.pipeline.recipe import answer, command, write_recipe
 
+MISSING = [
+    ("teacher.model.api_key_env=NO_SUCH_KEY", "the environment variable NO_SUCH_KEY is not set", "export NO_SUCH_KEY"),
+    ("teacher.model={engine: llama.cpp, path: nowhere.gguf}", "there is nothing at nowhere.gguf", "check `path`"),
+    ("teacher.model={engine: transformers, path: ./nowhere}", "there is nothing at ./nowhere", "check `path`"),
+    ("teacher.model={engine: recorded, path: nowhere}", "there is nothing at nowhere", "check `path`"),
+    ('teacher.model={engine: recorded, path: "package:nowhere/x"}', "which is not installed", "pip install"),
+]
 STEPS = ["evaluate-base", "evaluate-student", "evaluate-teacher", "label", "plan", "prepare", "report", "train"]
 
 
@@ -119,16 +127,63 @@ def test_recording_again_asks_only_what_the_recording_lacks(tmp_path, tiny_stude
 def test_the_plan_says_what_is_missing_before_anything_is_asked(undisturbed, monkeypatch):
     _, recipe, _, _ = undisturbed
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    for setting, what in (
-        ("teacher.model.api_key_env=NO_SUCH_KEY", "the environment variable NO_SUCH_KEY is not set"),
-        ("teacher.model={engine: llama.cpp, path: nowhere.gguf}", "there is nothing at nowhere.gguf"),
-    ):
+    for setting, what, to_do in MISSING:
         found = plan(load_config(Recipe, recipe, [setting]), measure=False)
-        assert any(what in line for line in found.figures["missing"])
+        assert what in found.figures["missing"][0]
         assert what in found.text
+        assert to_do in found.text
+    assert plan(load_config(Recipe, recipe), measure=False).figures["missing"] == []
+
+
+@pytest.mark.parametrize(("setting", "what", "to_do"), MISSING)
+@pytest.mark.parametrize("start", [distill, lambda recipe, out: record(recipe, out, out / "answers")])
+def test_what_is_missing_ends_a_run_before_any_work(undisturbed, tmp_path, monkeypatch, start, setting, what, to_do):
+    _, recipe, teacher, _ = undisturbed
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    calls = teacher.calls()
+    with pytest.raises(ModelError, match=f"(?s){what}.*help: .*{to_do}"):
+        start(load_config(Recipe, recipe, [setting]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert teacher.calls() == calls
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("data.test=0", "no held-out examples"), ("evaluation.task=classification", "no label to expect")],
+)
+def test_items_that_cannot_be_scored_end_a_run_before_the_teacher_is_asked(undisturbed, tmp_path, setting, what):
+    _, recipe, teacher, _ = undisturbed
+    calls = teacher.calls()
+    with pytest.raises(DataError, match=what):
+        distill(load_config(Recipe, recipe, [setting]), tmp_path / "run")
+    assert teacher.calls() == calls
+
+
+def test_a_price_that_nobody_stated_is_not_zero_dollars(undisturbed):
+    _, recipe, _, _ = undisturbed
     found = plan(load_config(Recipe, recipe), measure=False)
-    assert found.figures["missing"] == []
-    assert "price not stated" in found.text
+    assert found.figures["teacher"]["usd"] is None
+    assert "no price is stated" in found.text
+    assert "USD" not in found.text
+    priced = load_config(Recipe, recipe, ["teacher.model.price={input_per_million: 1000, output_per_million: 2000}"])
+    found = plan(priced, measure=False)
+    assert found.figures["teacher"]["usd"] > 0
+    assert f"USD {found.figures['teacher']['usd']:.2f}" in found.text
+
+
+def test_the_report_shows_no_dollars_where_no_price_is_stated(undisturbed):
+    folder, *_ = undisturbed
+    rows = json.loads((folder / "runs" / "short" / "report.json").read_text())["plan"]
+    (spent,) = [row for row in rows if row["what"] == "spent on the teacher"]
+    assert (spent["planned"], spent["actual"]) == ("no price is stated", "no price is stated")
+
+
+def test_a_bound_in_dollars_needs_a_price(undisturbed):
+    _, recipe, _, _ = undisturbed
+    with pytest.raises(ConfigError, match="no price is stated"):
+        load_config(Recipe, recipe, ["teacher.budget.max_usd=1"])
+    price = "teacher.model.price={input_per_million: 1}"
+    assert load_config(Recipe, recipe, ["teacher.budget.max_usd=1", price]).teacher.budget.max_usd == 1
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tiny_student):
