@@ -83,14 +83,13 @@ class _Attend(Function):
         scale: float,
         products: Products,
     ) -> Tensor:
-        q = _rotate(q, cos[plan.rows_R] * scale, sin[plan.rows_R] * scale)
-        k = _rotate(k, cos, sin)
+        ctx.dtypes = q.dtype, k.dtype, v.dtype
+        q = products.operand(_rotate(q.float(), cos[plan.rows_R] * scale, sin[plan.rows_R] * scale))
+        k, v = products.operand(_rotate(k.float(), cos, sin)), products.operand(v)
         out, kept = torch.empty_like(q), []
         for block in plan.blocks:
             weights = _weights(q, k, block, products)
-            values = _by_head(v, block.ranges)
-            mixed = (products.operand(weights) @ products.operand(values)).float()
-            _put(out, block, mixed)
+            _put(out, block, weights @ _by_head(v, block.ranges))
             kept.append(weights if weights.shape[-1] <= KEEP_KEYS else None)
         ctx.kept, ctx.plan, ctx.scale, ctx.products = kept, plan, scale, products
         ctx.save_for_backward(q, k, v, cos, sin)
@@ -100,28 +99,31 @@ class _Attend(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin = ctx.saved_tensors
         plan, products, operand = ctx.plan, ctx.products, ctx.products.operand
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q, dtype=torch.float32)
+        # A shared beginning's keys and values are seen by many: their gradients are summed in fp32.
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for block, weights in zip(plan.blocks, ctx.kept, strict=True):
             if weights is None:
                 weights = _weights(q, k, block, products)
             g = operand(_stack(gradients[0], block, k.shape[1]))
-            _add(dv, block.ranges, (operand(weights).mT @ g).float())
-            dweights = (g @ operand(_by_head(v, block.ranges)).mT).float()
-            dscores = operand(torch._softmax_backward_data(dweights, weights, -1, torch.float32))
-            _put(dq, block, (dscores @ operand(_by_head(k, block.ranges))).float())
-            _add(dk, block.ranges, (dscores.mT @ operand(_stack(q, block, k.shape[1]))).float())
+            _add(dv, block.ranges, weights.mT @ g)
+            dweights = g @ _by_head(v, block.ranges).mT
+            dscores = operand(torch._softmax_backward_data(dweights, weights, -1, weights.dtype))
+            _put(dq, block, dscores @ _by_head(k, block.ranges))
+            _add(dk, block.ranges, dscores.mT @ _stack(q, block, k.shape[1]))
         ctx.kept = None
         scale = ctx.scale
         dq = _rotate(dq, cos[plan.rows_R] * scale, sin[plan.rows_R] * -scale)
-        return dq, _rotate(dk, cos, -sin), dv, None, None, None, None, None
+        found = zip((dq, _rotate(dk, cos, -sin), dv), ctx.dtypes, strict=True)
+        return (*(gradient.to(dtype) for gradient, dtype in found), None, None, None, None, None)
 
 
 def _weights(q: Tensor, k: Tensor, block: Block, products: Products) -> Tensor:
-    """Softmax of the scores, [K, G*Q, keys]."""
+    """Softmax of the scores as the next product takes it, [K, G*Q, keys]."""
     queries, keys = _stack(q, block, k.shape[1]), _by_head(k, block.ranges)
-    scores = (products.operand(queries) @ products.operand(keys).mT).float()
+    scores = (queries @ keys.mT).float()
     scores.view(scores.shape[0], -1, *block.bias_QK.shape).add_(block.bias_QK)
-    return torch.softmax(scores, -1)
+    return products.operand(torch.softmax(scores, -1))
 
 
 def _rotate(x_RHE: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ class _RmsNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.weight = weight
         ctx.save_for_backward(x, scale)
         return (x * scale).mul_(weight)
@@ -130,7 +131,7 @@ class _SwigluDown(Function):
         narrow_g, silu = products.operand(g), nn.functional.silu(gate)
         if weight.requires_grad:
             add_gradient(weight, narrow_g.T, products.operand(silu * up))
-        da = (narrow_g @ products.weight(weight)).float()
+        da = (narrow_g @ products.weight(weight)).to(gate.dtype)
         dup = silu.mul_(da)
         return g, torch.ops.aten.silu_backward(da.mul_(up), gate), dup, None, None
 

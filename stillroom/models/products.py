@@ -2,7 +2,8 @@
 
 Autograd would write each weight gradient to fresh memory and then add it to `.grad`: for a small model on a
 CPU that is as much memory traffic as a tenth of the arithmetic, once per row. These functions let the
-product itself add to `.grad`. Weights stay fp32; only the operands of products are narrower in bf16.
+product itself add to `.grad`. Weights, residuals and sums over tokens stay fp32; in bf16 operands and results of
+products are narrow, as under autocast.
 
 bf16 on a device without it: operands are rounded to bf16 and multiplied in fp32, which is what such hardware
 computes (bf16 products, fp32 sums), at the speed of fp32.
@@ -49,7 +50,10 @@ class Products:
 
 
 def linears(x_TI: Tensor, modules: tuple[nn.Module, ...], products: Products) -> tuple[Tensor, ...]:
-    """`module(x_TI)` of each, fp32; plain linear layers add their weight gradients in place, others use autograd."""
+    """`module(x_TI)` of each; plain linear layers add their weight gradients in place, others use autograd.
+
+    Results are as products give them: bf16 where they are computed in it, else fp32.
+    """
     if all(type(module) is nn.Linear for module in modules):
         weights = [module.weight for module in modules]
         biases = [module.bias for module in modules]
@@ -79,11 +83,12 @@ class _Linears(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, products: Products, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         ctx.products, ctx.weights, ctx.biases = products, parameters[:count], parameters[count:]
+        ctx.dtype = x.dtype
         x = products.operand(x)
         ctx.save_for_backward(x)
         outputs = []
         for weight, bias in zip(ctx.weights, ctx.biases, strict=True):
-            out = (x @ products.weight(weight).T).float()
+            out = x @ products.weight(weight).T
             outputs.append(out if bias is None else out.add_(bias))
         return tuple(outputs)
 
@@ -99,7 +104,7 @@ class _Linears(Function):
             if ctx.needs_input_grad[0]:
                 narrow = products.weight(weight)
                 if dx is None:
-                    dx = (g @ narrow).float()
+                    dx = (g @ narrow).to(ctx.dtype)
                 elif g.dtype == dx.dtype:
                     dx.addmm_(g, narrow)
                 else:

@@ -16,7 +16,7 @@ from stillroom.telemetry import note
 from stillroom.training.config import TrainConfig
 from stillroom.training.step import Stepper, StepReport
 
-VERSION = 2
+VERSION = 3
 """Raised when the arithmetic of training changes, so that an older checkpoint is not continued differently."""
 
 UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest", "save_behind", "stop_if_saving_fails")
