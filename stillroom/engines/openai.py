@@ -75,7 +75,7 @@ class OpenAIModel(Engine):
 
         Raises:
             ModelRefused: 4xx other than those below, or constrained calls that the server does not support.
-            ModelUnavailable: 408, 409, 425, 429, 5xx, no connection, no answer within `timeout_s`.
+            ModelUnavailable: 408, 409, 425, 429, 5xx, no connection, no answer within `timeout_s`, no JSON.
             ModelError: it answered with something else than a chat completion.
         """
         names = SafeNames(tools)
@@ -161,9 +161,8 @@ class OpenAIModel(Engine):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ModelError(
-                f"{self.name} at {self._url} did not answer in JSON: {self._clean(shown(text))}"
-            ) from error
+            # A gateway's page or a cut body: the next try is often answered, and a prompt lost is paid for in accuracy.
+            raise self._unavailable(f"did not answer in JSON: {self._clean(shown(text))}") from error
 
     async def _read(self, response: httpx.Response) -> str:
         parts, size = [], 0

@@ -205,7 +205,9 @@ def test_a_damaged_compression_is_an_error_of_ours():
 def test_what_is_no_completion_is_shown(body):
     with RawServer(lambda path, _: (200, {}, body)) as server, pytest.raises(ModelError) as caught:
         answer_of(server.url)
-    assert type(caught.value) is ModelError
+    # What is no JSON may be a gateway's page, and is asked for again; a wrong answer in JSON is an answer.
+    no_json = body.startswith((b"<", b"\xff", b"[[")) or not body
+    assert type(caught.value) is (ModelUnavailable if no_json else ModelError)
     assert len(str(caught.value)) < 1000
 
 
@@ -284,3 +286,16 @@ def test_one_model_serves_many_event_loops_and_closes_quietly():
             assert asyncio.run(model.generate((Message("user", "x"),), (), GenerateParams())).message.content == "fine"
         model.close()
         model.close()
+
+
+def test_a_body_that_is_no_json_is_asked_for_again():
+    bodies = iter([b"<html>Gateway says hello</html>", b'{"choices": [{"mess'])
+    right = json.dumps({"choices": [{"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]})
+
+    def respond(path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        return 200, {}, next(bodies, right.encode())
+
+    with RawServer(respond) as server, open_model(config(server.url)) as model:
+        (found,) = ask(model, [question("hi")], retry=RetryConfig(base_s=0))
+    assert not isinstance(found, ModelError)
+    assert found.message.content == "yes"
