@@ -176,10 +176,9 @@ def main(root: str, mode: str) -> None:
         dist.barrier()
     assert losses == wanted, (losses, wanted)
     if dist.get_rank() == 0:
-        assert sorted(path.name for path in Path(root).iterdir() if not path.name.startswith(".")) == [
-            "step-8",
-            "step-9",
-        ]
+        left = sorted(path.name for path in Path(root).iterdir() if not path.name.startswith("."))
+        # The purge looks just after a save began: whether it sees that save decides if one more folder stays.
+        assert left in (["step-8", "step-9"], ["step-7", "step-8", "step-9"]), left
         print("the same bits")
     dist.destroy_process_group()
 
