@@ -57,13 +57,15 @@ class Saver:
         self.side = open_side(self.name, self.root, self.state)
         return float(self.side.set_up_s)
 
+    def prepare(self) -> None:
+        """Change every tensor, so that none can be skipped; drop what an earlier save left."""
+        torch._foreach_add_(list(self.state.values()), 1.0)
+        self.side.forget()
+
     def save(self) -> tuple[float, float]:
         """Seconds until staged, and until durable."""
-        torch._foreach_add_(list(self.state.values()), 1.0)
         begun = self.side.save()
-        times = begun.staged(), begun.wait()
-        self.side.forget()
-        return times
+        return begun.staged(), begun.wait()
 
     def close(self) -> None:
         self.side.close()
@@ -111,9 +113,11 @@ def measure(root: Path, make: Callable[[int], dict[str, Any]], size: int, names:
         for turn in range(repeats + 1):
             print(f"{make.__name__}: save {turn + 1} of {repeats + 1}", file=sys.stderr)
             for name, saver in savers.items():
+                saver.call("prepare")
                 _append(samples[name], ("staged", "durable"), saver.call("save"))
             _append(samples["floor"], ("memcpy", "write"), floor.call("save"))
         for name, saver in savers.items():
+            saver.call("prepare")
             idle = saver.memory_bytes()
             memory[name] = {"idle": idle - before[name], "saving": saver.memory_during("save") - before[name]}
             saver.call("close")

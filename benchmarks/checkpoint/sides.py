@@ -37,8 +37,8 @@ DCP_KINDS = {
     "dcp process+cache": {"process": True, "cached": True, "shared": True},
     "dcp process+cache+async": {"process": True, "cached": True, "shared": True, "staged_behind": True},
 }
-"""What is set of DCP. `cached`: the plan cache, and one stager kept for all saves; `shared`: it stages to shared memory;
-`staged_behind`: on a thread of its own. Without `cached` DCP makes a stager for each save, which is its default."""
+"""What is set of DCP. `cached`: the plan cache, and one stager kept for all saves; `shared`: it stages to shared
+memory; `staged_behind`: on a thread of its own. Without `cached` DCP makes a stager for each save: its default."""
 
 EVERY = 1 << 60
 
@@ -159,7 +159,7 @@ class Dcp(Folders):
 
 
 class Peer(Folders):
-    """`torch-checkpointing` from PyPI. It syncs nothing: here the files it wrote are synced when it says that it is done.
+    """`torch-checkpointing` from PyPI. It syncs nothing: here what it wrote is synced when it says that it is done.
 
     On a CPU it stages in its background thread; its `prewarm_staging` is called, and counted as setting up. Its direct
     I/O is off: 0.1.1 hands the kernel unaligned writes, which ext4 refuses.

@@ -1,18 +1,18 @@
 """How much training does a save cost?
 
-    python -m benchmarks.checkpoint.throughput [--modes shared,spare] [--repeats 5] [--picture docs/checkpoint-throughput]
+    python -m benchmarks.checkpoint.throughput [--modes shared,spare] [--repeats 5] [--picture PATH]
 
-A Llama with as many tensors as a rank of Llama-3-70B has, 723 parameters and AdamW's three tensors for each, but narrow,
-trains on the CPU in a process for each side. The sides take turns: train at rest for some seconds, save, train on until
+A Llama with as many tensors as a rank of Llama-3-70B has (723 parameters, and AdamW's three for each) but narrow trains
+on the CPU in a process for each side. The sides take turns: train at rest for some seconds, save, train on until
 the save is durable and a second longer. All sides wait for their staging before `optimizer.step()`.
 
 `shared`: training uses both cores, so whatever a save does is taken from it. `spare`: it computes on one thread, and a
 core is free. (It is not bound to a core: threads and processes that a side starts would inherit that.)
 
 Lost training-seconds of a save are the integral of (1 - rate/idle) from the call to one second after its end, `idle`
-being the rate in the seconds before. `over_idle` and the longest gap between two steps are of the time until the save is
-durable. `interval_s` is how far apart saves have to be to cost 1% of the training; the newest durable checkpoint is then
-at most that plus `durable_s` old. CPU-seconds are of the process with its descendants, beyond what its steps take.
+being the rate in the seconds before. `over_idle` and the longest gap between two steps are of the time until the save
+is durable. `interval_s` is how far apart saves have to be to cost 1% of the training; the newest durable checkpoint is
+then at most that plus `durable_s` old. CPU-seconds are of the process with its descendants, beyond what its steps take.
 The top level of the JSON has lost seconds of `shared`, and the shares and gaps of `spare`.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import tempfile
@@ -143,14 +144,14 @@ def figures(turn: dict[str, Any]) -> dict[str, float]:
     after = [before[-1], *(end for end in turn["ends"] if end > 0)]
     idle_step_s = (before[-1] - before[0]) / (len(before) - 1)
     count = len(after) - 1
-    gaps = [(begin, end - begin) for begin, end in zip(after, after[1:], strict=False)]
+    gaps = [(begin, end - begin) for begin, end in itertools.pairwise(after)]
     during = [gap for begin, gap in gaps if begin < turn["durable_s"]]
     lost_s = after[-1] - after[0] - count * idle_step_s
     return {
         "lost_s": lost_s,
         "over_idle": len(during) * idle_step_s / sum(during),
         "gap_ms": 1e3 * max(during),
-        "idle_gap_ms": 1e3 * max(end - begin for begin, end in zip(before, before[1:], strict=False)),
+        "idle_gap_ms": 1e3 * max(end - begin for begin, end in itertools.pairwise(before)),
         "idle_step_ms": 1e3 * idle_step_s,
         "held_ms": 1e3 * turn["held_s"],
         "durable_s": turn["durable_s"],
@@ -237,9 +238,10 @@ def picture(path: Path, mode: str, measured: dict[str, Any], result: dict[str, A
 
 def table(mode: str, result: dict[str, Any]) -> str:
     columns = {
-        "lost_s": "lost s", "over_idle": "of idle", "gap_ms": "gap ms", "idle_gap_ms": "idle gap ms", "held_ms": "held ms",
-        "durable_s": "durable s", "extra_cpu_s": "CPU s", "interval_s": "1% interval s", "first_lost_s": "first: lost s",
-        "first_durable_s": "durable s", "set_up_s": "set-up s", "idle_copies": "copies idle", "saving_copies": "saving",
+        "lost_s": "lost s", "over_idle": "of idle", "gap_ms": "gap ms", "idle_gap_ms": "idle gap ms",
+        "held_ms": "held ms", "durable_s": "durable s", "extra_cpu_s": "CPU s", "interval_s": "1% interval s",
+        "first_lost_s": "first: lost s", "first_durable_s": "durable s", "set_up_s": "set-up s",
+        "idle_copies": "copies idle", "saving_copies": "saving",
     }  # fmt: skip
     lines = [f"| {mode} | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, side in result["sides"].items():
