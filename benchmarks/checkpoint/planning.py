@@ -231,7 +231,10 @@ def main(ranks: list[int], shardings: list[str], dcp_up_to: int, repeats: int, p
     if path:
         picture(path, curves)
     curve = curves[shardings[0]]
-    compared = max((point for point in curve if "dcp_extrapolated" not in point), key=lambda point: point["ranks"])
+    compared = max(
+        (point for point in curve if "dcp_first_s" in point and "dcp_extrapolated" not in point),
+        key=lambda point: point["ranks"],
+    )
     at, last, first = compared["ranks"], curve[-1], curve[0]
     flat = last["ours_unchanged_s"] / first["ours_unchanged_s"]
     print(json.dumps({
