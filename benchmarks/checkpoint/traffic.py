@@ -5,9 +5,9 @@
 A real `torchrun` of gloo ranks, alone in a network namespace (root on Linux), saves DTensors in rows over all ranks;
 DCP with processes, plan cache and cached stager. Counted is what the loopback device carried from before a save to
 after it on all ranks, less the same time at rest, divided by ranks: with headers as `wire`, and as `payload` without
-the headers of each packet, whose size is found by sending known bytes; the JSON's two figures are payload. Ranks
-wait for each other through files meanwhile. `store` is what our ranks count themselves: keys and values that they gave to the
-store and got from it, without what the store's protocol adds.
+the headers of each packet, whose size is found by sending known bytes; the JSON's two figures are payload. Ranks wait
+for each other through files meanwhile. `store` is what our ranks count themselves: keys and values that they gave to
+the store and got from it, without what the store's protocol adds.
 """
 
 from __future__ import annotations
