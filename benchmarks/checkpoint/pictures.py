@@ -10,6 +10,9 @@ from pathlib import Path
 
 WIDTH, PANEL, LEFT, RIGHT, TOP, BELOW = 760, 210, 62, 14, 34, 46
 
+FEW = 12
+"""A line of fewer points shows them."""
+
 COLOURS = ("#0a7d4f", "#c2410c", "#2563a8", "#8a5a9e", "#7a7a7a")
 STYLE = """
 svg { font: 13px system-ui, sans-serif; background: #fff; color: #222 }
@@ -76,7 +79,13 @@ def _panel(panel: Panel, colour_of: dict[str, str]) -> str:
     for series in panel.series:
         path = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in series.points)
         css = "line faint" if series.faint else "line"
-        parts.append(f'<polyline class="{css}" stroke="{colour_of[series.name]}" points="{path}"/>')
+        colour = colour_of[series.name]
+        parts.append(f'<polyline class="{css}" stroke="{colour}" points="{path}"/>')
+        if len(series.points) < FEW:
+            parts += [
+                f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3.5" fill="{colour}"/>'
+                for x, y in series.points
+            ]
     middle = TOP + PANEL / 2
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{TOP + PANEL + 34}" text-anchor="middle">{escape(panel.x)}</text>')
     parts.append(
