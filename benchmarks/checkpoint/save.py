@@ -127,10 +127,12 @@ def measure(root: Path, make: Callable[[int], dict[str, Any]], size: int, names:
     return {"samples": samples, "memory_bytes": memory}
 
 
-def main(repeats: int, count: int, large_bytes: int, names: list[str]) -> None:
-    found = {}
+def main(repeats: int, count: int, large_bytes: int, names: list[str], states: list[str]) -> None:
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIR")) as folder:
         for make, size in ((small, count), (large, large_bytes)):
+            if make.__name__ not in states:
+                continue
             root = Path(folder) / make.__name__
             root.mkdir()
             found[make.__name__] = measure(root, make, size, names, repeats)
@@ -161,7 +163,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Ratios of medians without the first save; the named DCP configuration's over ours, None where it did not run."""
 
     def of(state: str, side: str, part: str) -> float | None:
-        samples = found[state]["samples"].get(side)
+        samples = found[state]["samples"].get(side) if state in found else None
         return median(samples[part][1:]) if samples else None
 
     def ratio(state: str, part: str, *sides: str) -> float | None:
@@ -169,7 +171,15 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         ours = of(state, "ours", part)
         return min(theirs) / ours if theirs and ours else None
 
-    ours = found["large"]["samples"]["ours"]["durable"]
+    ours = {}
+    if "large" in found:
+        durable, floor = found["large"]["samples"]["ours"]["durable"], found["large"]["samples"]["floor"]
+        ours = {
+            "first_over_second": durable[0] / durable[1],
+            "first_over_median": durable[0] / median(durable[1:]),
+            "staged_over_memcpy": median(found["large"]["samples"]["ours"]["staged"][1:]) / median(floor["memcpy"][1:]),
+            "background_over_raw_write": median(durable[1:]) / median(floor["write"][1:]),
+        }
     return {
         "ratios": {
             "staged_small_vs_sync": ratio("small", "staged", *SYNCHRONOUS),
@@ -180,12 +190,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             "background_small_vs_any": ratio("small", "durable", *DCP_KINDS),
             "background_large_vs_any": ratio("large", "durable", *DCP_KINDS),
         },
-        "ours": {
-            "first_over_second": ours[0] / ours[1],
-            "first_over_median": ours[0] / median(ours[1:]),
-            "staged_over_memcpy": (of("large", "ours", "staged") or 0) / (of("large", "floor", "memcpy") or 1),
-            "background_over_raw_write": (of("large", "ours", "durable") or 0) / (of("large", "floor", "write") or 1),
-        },
+        "ours": ours,
         "configurations": {
             "staged_small_vs_sync": SYNCHRONOUS, "staged_small_vs_async": ASYNCHRONOUS, "background": BEST,
         },
@@ -210,5 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("--small", type=int, default=3000)
     parser.add_argument("--large-mb", type=int, default=512)
     parser.add_argument("--sides", default=",".join(every))
+    parser.add_argument("--states", default="small,large")
     options = parser.parse_args()
-    main(options.repeats, options.small, options.large_mb << 20, options.sides.split(","))
+    sides, states = options.sides.split(","), options.states.split(",")
+    main(options.repeats, options.small, options.large_mb << 20, sides, states)

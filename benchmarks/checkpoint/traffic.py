@@ -74,7 +74,7 @@ def worker(folder: Path, tensors: int, repeats: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     state = {f"layer.{n}.weight": DTensor.from_local(torch.randn(4, 16), mesh, [Shard(0)]) for n in range(tensors)}
     meet = Meeting(folder / "meeting", rank, world)
-    header = header_bytes() if rank == 0 else 0.0
+    header = header_bytes() if rank == 0 else 0
     found = {}
     for name, key in (("ours", "ours"), (DCP, "dcp")):
         side = open_side(name, folder, state)
@@ -133,8 +133,8 @@ def carried() -> tuple[float, int, int]:
     return time.monotonic(), int(fields[0]), int(fields[1])
 
 
-def header_bytes(messages: int = 200) -> float:
-    """Bytes of headers for each packet, by sending one byte at a time to oneself."""
+def header_bytes(messages: int = 200) -> int:
+    """Bytes of headers for each packet, by sending one byte at a time to oneself; rounded, as others may send too."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         accepted, _ = server.accept()
@@ -145,7 +145,7 @@ def header_bytes(messages: int = 200) -> float:
         time.sleep(0.1)
         after = carried()
         accepted.close()
-    return (after[1] - before[1] - messages) / (after[2] - before[2])
+    return int((after[1] - before[1] - messages) / (after[2] - before[2]))
 
 
 def _counted(side: Any) -> float:
