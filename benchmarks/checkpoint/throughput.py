@@ -244,8 +244,9 @@ def picture(path: Path, mode: str, measured: dict[str, Any], result: dict[str, A
 
 def table(mode: str, result: dict[str, Any]) -> str:
     columns = {
-        "lost_s": "lost s", "over_idle": "of idle", "over_idle_10_s": "in 10 s", "gap_ms": "gap ms",
-        "idle_gap_ms": "idle gap ms", "held_ms": "held ms", "durable_s": "durable s", "extra_cpu_s": "CPU s", "interval_s": "1% interval s",
+        "lost_s": "lost s", "over_idle": "of idle", "over_idle_10_s": "in 10 s",
+        "gap_ms": "gap ms", "idle_gap_ms": "idle gap ms", "held_ms": "held ms", "durable_s": "durable s",
+        "extra_cpu_s": "CPU s", "interval_s": "1% interval s",
         "first_lost_s": "first: lost s", "first_durable_s": "durable s", "set_up_s": "set-up s",
         "idle_copies": "copies idle", "saving_copies": "saving",
     }  # fmt: skip
