@@ -1,9 +1,10 @@
 """How much CPU does writing a gigabyte take?
 
-    python -m benchmarks.checkpoint.writer [--repeats 5] [--mb 256]
+    python -m benchmarks.checkpoint.writer [--repeats 5] [--mb 512]
 
-Ours: the writer process's CPU time, and the trainer's during the same save. DCP: the process's during `dcp.save`, which
-writes in it; its asynchronous forms do the same work elsewhere and more.
+Eight large tensors, all changed before each save, the sides in turns, each in a process of its own. Counted is the CPU
+time of the process that writes (our writer; DCP's daemon), and of the one that trains, which stages and hands over.
+`dcp sync` has one process for both. The ratio is of the writing processes, `with_staging` of both together.
 """
 
 from __future__ import annotations
@@ -12,49 +13,48 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
-from benchmarks.checkpoint.sides import Dcp, Ours, environment, large, median, size_of
+from benchmarks.checkpoint.apart import Apart
+from benchmarks.checkpoint.save import BEST, Saver, large
+from benchmarks.checkpoint.sides import environment, median
+
+SIDES = ("ours", BEST, "dcp sync")
 
 
 def main(repeats: int, size_bytes: int) -> None:
-    state = large(size_bytes)
-    gb = size_of(state) / 1e9
-    samples: dict[str, list[float]] = {"ours_writer": [], "ours_trainer": [], "dcp": []}
+    samples: dict[str, dict[str, list[float]]] = {name: {"writer": [], "trainer": []} for name in SIDES}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIR")) as folder:
-        ours, dcp = Ours(Path(folder), state), Dcp(Path(folder), state, "sync")
+        savers = {name: Apart(Saver, name, Path(folder), large, size_bytes) for name in SIDES}
+        for saver in savers.values():
+            saver.call("open")
         for _ in range(repeats + 1):
-            before, began = _cpu(ours.checkpointer._daemon.pid), time.process_time()
-            ours.save()[1]()
-            samples["ours_trainer"].append((time.process_time() - began) / gb)
-            samples["ours_writer"].append((_cpu(ours.checkpointer._daemon.pid) - before) / gb)
-            began = time.process_time()
-            dcp.save()
-            samples["dcp"].append((time.process_time() - began) / gb)
-        ours.close()
-    medians = {side: median(values[1:]) for side, values in samples.items()}
-    print(f"CPU-seconds per GB: {medians}")
+            for name, saver in savers.items():
+                saver.call("prepare")
+                before = saver.cpu_s()
+                saver.call("save")
+                after = saver.cpu_s()
+                for part, where in (("writer", "others"), ("trainer", "own")):
+                    samples[name][part].append((after[where] - before[where]) / (size_bytes / 1e9))
+        for saver in savers.values():
+            saver.call("close")
+            saver.close()
+    medians = {name: {part: median(values[1:]) for part, values in of.items()} for name, of in samples.items()}
+    for name, of in medians.items():
+        print(f"{name:18} CPU-seconds per GB: {of['writer']:.3f} in the writer, {of['trainer']:.3f} in the trainer")
+    both = {name: median([w + t for w, t in zip(of["writer"][1:], of["trainer"][1:], strict=True)])
+            for name, of in samples.items()}  # fmt: skip
     ratios = {
-        "cpu_seconds_per_gb": medians["dcp"] / medians["ours_writer"],
-        "with_staging": medians["dcp"] / (medians["ours_writer"] + medians["ours_trainer"]),
+        "cpu_seconds_per_gb": medians[BEST]["writer"] / medians["ours"]["writer"],
+        "with_staging": both[BEST] / both["ours"],
+        "with_staging_vs_sync": both["dcp sync"] / both["ours"],
     }
     print(json.dumps({"ratios": ratios, "medians": medians, "samples": samples, **environment()}))
-
-
-def _cpu(pid: int) -> float:
-    """CPU time of a process so far, in seconds: user and system, nanosecond counters of the scheduler."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        total += int((task / "schedstat").read_text().split()[0])
-    ended = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    ticks = (int(ended[11]) + int(ended[12])) / os.sysconf("SC_CLK_TCK")
-    return max(total / 1e9, ticks)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--mb", type=int, default=256)
+    parser.add_argument("--mb", type=int, default=512)
     options = parser.parse_args()
     main(options.repeats, options.mb << 20)
