@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -172,5 +172,5 @@ def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.o
 def _to(packed: Packed, device: torch.device) -> Packed:
     if device.type == "cpu":
         return packed
-    moved = {name: getattr(packed, name).to(device) for name in ("ids_T", "positions_T", "scored_S", "labels_S")}
-    return replace(packed, **moved)
+    tensors = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    return replace(packed, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)})
