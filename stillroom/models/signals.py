@@ -58,7 +58,13 @@ class TeacherSignal(Protocol):
 
 
 class TeacherSource(Protocol):
-    """Where training gets a signal for each packed row from: a model in memory, a cache, a server."""
+    """Where training gets a signal for each packed row from: a model in memory, a cache, a server.
+
+    Attributes:
+        digest: changes whenever the signals would; part of what makes two training runs the same.
+    """
+
+    digest: str
 
     def signal(self, packed: Packed, sequences: Sequence[TokenSequence]) -> TeacherSignal:
         """The signal for `packed = pack(sequences)`, which lies on the student's device.
