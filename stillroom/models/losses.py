@@ -62,7 +62,7 @@ def cross_entropy(
 
     Source: on a teacher's answers this is sequence-level distillation, Kim & Rush 2016, arXiv:1606.07947.
     """
-    _check(hidden_SD, head_VD, labels_S)
+    check_shapes(hidden_SD, head_VD, labels_S, head_VD.shape[0])
     head, smoothing = products.weight(head_VD), label_smoothing
     total = torch.zeros((), dtype=torch.float64, device=hidden_SD.device)
     gradient_SD = torch.empty_like(hidden_SD) if gradient else None
@@ -89,9 +89,10 @@ def cross_entropy(
     return TokenLoss(total * scale, gradient_SD)
 
 
-def _check(hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor) -> None:
+def check_shapes(hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor, vocabulary: int | None) -> None:
+    """Refuse what does not fit together; with `vocabulary`, labels outside it too."""
     if hidden_SD.shape[0] != labels_S.shape[0] or hidden_SD.shape[1] != head_VD.shape[1]:
         shapes = f"hidden {tuple(hidden_SD.shape)}, head {tuple(head_VD.shape)}, labels {tuple(labels_S.shape)}"
         raise ValueError(f"shapes disagree: {shapes}")
-    if len(labels_S) and not 0 <= int(labels_S.min()) <= int(labels_S.max()) < head_VD.shape[0]:
-        raise ValueError(f"a label is outside [0, {head_VD.shape[0]})")
+    if vocabulary and len(labels_S) and not 0 <= int(labels_S.min()) <= int(labels_S.max()) < vocabulary:
+        raise ValueError(f"a label is outside [0, {vocabulary})")

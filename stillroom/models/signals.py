@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stillroom.models.packing import Packed, TokenSequence
-from stillroom.models.products import Products
+from stillroom.models.products import Products, project
 
 
 class TopK(NamedTuple):
@@ -98,11 +98,9 @@ class Projected:
 
     def rows(self, rows: slice) -> Tensor:
         hidden = self._hidden[rows]
-        if self._head.dtype != torch.float32:
-            return (hidden @ self._head.T).float()
         if self._buffer is None or len(self._buffer) < len(hidden):
-            self._buffer = hidden.new_empty(len(hidden), self.vocabulary)
-        return torch.mm(hidden, self._head.T, out=self._buffer[: len(hidden)])
+            self._buffer = hidden.new_empty(len(hidden), self.vocabulary, dtype=torch.float32)
+        return project(hidden, self._head, self._buffer)
 
 
 class Listed:
