@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every number of rows; five rounds")
     parser.add_argument("--rows", type=int, action="append", help="only this many rows (repeatable)")
     parser.add_argument("--vocabulary", type=int, action="append", help="only this vocabulary (repeatable)")
+    parser.add_argument("--beta", type=float, action="append", help="only this beta (repeatable)")
     parser.add_argument("--rounds", type=int, help="samples of ours and the leanest peer (3; 5 with --full)")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (5 if arguments.full else 3)
@@ -53,7 +54,8 @@ def main() -> None:
     rows = []
     for count in arguments.rows or (ROWS if arguments.full else ROWS[:1]):
         for vocabulary in arguments.vocabulary or VOCABULARIES:
-            rows += [compare(count, vocabulary, beta, right, rounds, arguments.full) for beta in BETAS]
+            for beta in arguments.beta or BETAS:
+                rows.append(compare(count, vocabulary, beta, right, rounds, arguments.full))
     print(json.dumps({"ratios": ratios(rows), "rows": rows, "checked": notes, **environment()}))
 
 
@@ -69,7 +71,7 @@ def check() -> tuple[list[str], dict[str, Any]]:
 
 
 def compare(count: int, vocabulary: int, beta: float, right: list[str], rounds: int, full: bool) -> dict[str, Any]:
-    """One row of the table: samples of every right side in turn; the dense one once, unless everything was asked for."""
+    """One row of the table: samples of every right side in turn; the dense one once by default."""
     samples: dict[str, list[dict[str, Any]]] = {side: [] for side in right}
     for turn in range(rounds):
         for side in right:
@@ -125,9 +127,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def in_fresh_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The result of `function` in a process of its own, forked from one that has imported everything and done nothing."""
+    """The result of `function` in a process forked from one that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "stillroom.models.distilling", "benchmarks.kd_loss", *_TRL_MODULES])
+    context.set_forkserver_preload(["torch", "stillroom.models.distilling", *_TRL_MODULES])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()
@@ -222,7 +224,7 @@ def _ours(data: dict[str, Any], beta: float) -> float:
     teacher = Projected(data["teacher_hidden"], data["teacher_head"], products)
     blend = Blend(((1.0, partial(generalised_jsd, beta=beta)),))
     loss, hidden.grad = distil(hidden.detach(), data["head"], labels, teacher, blend, products, scale=1 / len(hidden))
-    return float(loss)
+    return float(loss.detach())
 
 
 def _trl_chunked(data: dict[str, Any], beta: float) -> float:
@@ -235,7 +237,7 @@ def _trl_chunked(data: dict[str, Any], beta: float) -> float:
         hidden, data["teacher_hidden"][None], data["head"], data["teacher_head"], mask, beta
     )
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _trl_dense(data: dict[str, Any], beta: float) -> float:
@@ -247,7 +249,7 @@ def _trl_dense(data: dict[str, Any], beta: float) -> float:
         teacher = data["teacher_hidden"][None] @ data["teacher_head"].T
     loss = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, num_items_in_batch=len(data["hidden"]))
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _liger(data: dict[str, Any], beta: float) -> float:
@@ -258,13 +260,12 @@ def _liger(data: dict[str, Any], beta: float) -> float:
     labels = torch.zeros(len(data["hidden"]), dtype=torch.long)
     loss = loss_of(data["hidden"], data["head"], data["teacher_hidden"], data["teacher_head"], labels)
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _limit_memory() -> None:
     """Refuse to allocate more than is available now, instead of having this machine's processes killed."""
-    available = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-    limit = _status_bytes("VmSize") + int(0.9 * available)
+    limit = _status_bytes("VmSize") + int(0.9 * _field_bytes("/proc/meminfo", "MemAvailable"))
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -276,7 +277,11 @@ def _reset_peak() -> int:
 
 
 def _status_bytes(field: str) -> int:
-    with open("/proc/self/status") as file:
+    return _field_bytes("/proc/self/status", field)
+
+
+def _field_bytes(path: str, field: str) -> int:
+    with open(path) as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
 
 

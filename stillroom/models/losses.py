@@ -10,7 +10,7 @@ returned rather than left to autograd, so that nothing of the chunk has to live 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,6 @@ class TokenLoss(NamedTuple):
 
     loss: Tensor
     gradient_SD: Tensor | None
-
-
-class Objective(Protocol):
-    """What training minimises: `cross_entropy` has this form, and so has every other objective."""
-
-    def __call__(
-        self, hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor, products: Products, *, scale: float, gradient: bool
-    ) -> TokenLoss: ...
 
 
 def cross_entropy(

@@ -15,7 +15,8 @@ its sequence alone. The last token of a sequence predicts nothing that is scored
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,17 @@ class Packed:
     sequence_S: Tensor
     target_S: Tensor
     tokens: int
+
+    def to(self, device: torch.device) -> Packed:
+        """The same row with its tensors on `device`."""
+        if self.ids_T.device == device:
+            return self
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 def pack(sequences: Sequence[TokenSequence], *, share: bool = True) -> Packed:

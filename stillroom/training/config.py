@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "adaptive_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+]
+"""Ways to compare the student's next-token distribution with its teacher's; see `stillroom.models.divergences`."""
 
 
 class LoraSettings(BaseModel, frozen=True, extra="forbid"):
@@ -23,8 +28,65 @@ class LoraSettings(BaseModel, frozen=True, extra="forbid"):
     """Names of the linear layers that get adapters."""
 
 
+class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
+    """What is minimised on each token of the answers, all of them weighing the same."""
+
+    kind: Literal["sequence", Divergence, "symmetric", "mix"] = "sequence"  # type: ignore[valid-type]
+    """`sequence` is cross-entropy with the answers; `symmetric` (1 - reverse_share) forward + reverse_share reverse KL;
+    `mix` takes `weights`; each other one is that divergence from the teacher alone."""
+
+    weights: dict[Literal["sequence", Divergence], float] = {}  # type: ignore[valid-type]
+    """The parts of a `mix`, e.g. `{forward_kl: 0.7, sequence: 0.3}`."""
+
+    reverse_share: float = Field(default=0.5, ge=0, le=1)
+    """The reverse KL's part of `symmetric`."""
+
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """The teacher's weight in the mixture of `jsd`: 0 is forward, 1 reverse KL."""
+
+    beta_normalised: bool = False
+    """Divide `jsd` by beta (1 - beta), so that its gradient does not fade near 0 and 1."""
+
+    mu: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's mass that is the head in `adaptive_kl`."""
+
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """How much of the other side the skew divergences mix in."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both sides' logits before the divergences; has nothing to do with the temperature of sampling."""
+
+    temperature_squared: bool = False
+    """Multiply the divergences by temperature squared, which keeps the size of their gradient."""
+
+    tail: Literal["bucket", "renormalise"] = "bucket"
+    """What a teacher's top-k leaves out: one more token that has all of it, or nothing on either side."""
+
+    chunk_rows: int | None = Field(default=None, ge=1)
+    """Rows of logits at a time; by default what is fastest and fits in the memory that is free."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's distribution is looked at."""
+        return self.kind != "sequence"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if (self.kind == "mix") != bool(self.weights):
+            raise ValueError(
+                f"kind={self.kind} and weights={self.weights}: weights belong to kind=mix, which needs them"
+            )
+        if self.weights and (set(self.weights) == {"sequence"} or min(self.weights.values()) <= 0):
+            raise ValueError(
+                f"weights={self.weights}: each is above 0, and one is of {', '.join(get_args(Divergence))}"
+            )
+        if self.kind == "sequence" and (self.temperature != 1 or self.temperature_squared):
+            raise ValueError("temperature and temperature_squared have no meaning with kind=sequence")
+        return self
+
+
 class TrainConfig(BaseModel, frozen=True, extra="forbid"):
-    """Sequence distillation: cross-entropy on the tokens of the answers, nothing else."""
+    """How a student is trained; by default sequence distillation: cross-entropy on the tokens of the answers."""
 
     epochs: int = Field(default=3, ge=1)
     """Passes over the examples."""
@@ -50,8 +112,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     clip_norm: float = Field(default=1.0, gt=0)
     """The gradient's norm is cut to this."""
 
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimised."""
+
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each label's mass that is spread over the vocabulary."""
+    """Share of each label's mass that is spread over the vocabulary, with objective.kind=sequence."""
 
     tokens_per_step: int = Field(default=2048, ge=1)
     """Token budget of one optimizer step, prompts included; a step has at least one sequence."""
@@ -92,3 +157,12 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
 
     stop_if_saving_fails: bool = False
     """End the training when a checkpoint cannot be saved, instead of showing it and going on."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.label_smoothing and self.objective.needs_teacher:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} and objective.kind={self.objective.kind}: "
+                "a teacher's distribution takes the place of smoothed labels"
+            )
+        return self

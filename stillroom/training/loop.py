@@ -24,8 +24,8 @@ import torch
 
 from stillroom.checkpoint import CheckpointConfig, Checkpointer, Save
 from stillroom.errors import CheckpointError
-from stillroom.models.losses import Objective
 from stillroom.models.packing import TokenSequence
+from stillroom.models.signals import TeacherSource
 from stillroom.schema import Example
 from stillroom.telemetry import Metrics, Progress, note, progress
 from stillroom.training.config import TrainConfig
@@ -43,7 +43,7 @@ def train(
     *,
     validation: Sequence[Example] = (),
     seed: int = 0,
-    objective: Objective | None = None,
+    teacher: TeacherSource | None = None,
 ) -> TrainResult:
     """Teach `loaded` the targets of `examples`; resumes by itself from what `work_dir` holds.
 
@@ -55,10 +55,11 @@ def train(
         work_dir: checkpoints and metrics of this run.
         validation: examples whose loss is measured after each epoch; those without a target are passed over.
         seed: order of the examples, and adapters' first values.
-        objective: what is minimised; by default cross-entropy with the answers.
+        teacher: what the teacher says about each packed row, where `config.objective` compares with it.
 
     Raises:
         NotEnoughData: no example has a target that fits `max_sequence_tokens`.
+        ConfigError: `config.objective` needs a teacher and there is none, or the other way round.
         CheckpointError: `work_dir` holds the checkpoints of another run.
         StillroomError: the loss is not a finite number.
     """
@@ -68,8 +69,8 @@ def train(
     held_out = [example for example in validation if example.targets]
     held_out_sequences = tokenize(loaded, held_out, config.max_sequence_tokens)[0] if held_out else []
     torch.manual_seed(seed)
-    stepper = Stepper(loaded.model, config, objective)
-    run = Run(fingerprint(loaded, sequences, held_out_sequences, config, seed, stepper.precision.name))
+    stepper = Stepper(loaded.model, config, teacher)
+    run = Run(fingerprint(loaded, sequences, held_out_sequences, stepper, seed))
     stage: Literal["at once", "behind"] = "behind" if config.save_behind else "at once"
     checkpoints = CheckpointConfig(keep_latest=config.keep_latest, stage=stage)
     like = state_of(stepper, run)

@@ -13,7 +13,6 @@ from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.models.packing import TokenSequence
 from stillroom.schema import digest
 from stillroom.telemetry import note
-from stillroom.training.config import TrainConfig
 from stillroom.training.step import Stepper, StepReport
 
 VERSION = 3
@@ -52,22 +51,21 @@ class Run:
 
 
 def fingerprint(
-    loaded: Any,
-    sequences: list[TokenSequence],
-    held_out: list[TokenSequence],
-    config: TrainConfig,
-    seed: int,
-    precision: str,
+    loaded: Any, sequences: list[TokenSequence], held_out: list[TokenSequence], stepper: Stepper, seed: int
 ) -> str:
-    """What makes two runs the same run: start, data, settings."""
+    """What makes two runs the same run: start, data, settings, teacher."""
+    config = stepper.config
+    # Left out where it says nothing, so that runs begun before there were objectives go on.
+    without = {*UNIMPORTANT, *(() if stepper.teacher else ("objective",))}
     return digest(
         {
             "version": VERSION,
             "weights": loaded.digest,
             "data": [[list(s.ids), s.first_target] for s in (*sequences, *held_out)],
-            "config": config.model_dump(mode="json", exclude=set(UNIMPORTANT)),
+            "config": config.model_dump(mode="json", exclude=without),
             "seed": seed,
-            "precision": precision,
+            "precision": stepper.precision.name,
+            **({"teacher": stepper.teacher.digest} if stepper.teacher else {}),
         }
     )
 
