@@ -80,8 +80,9 @@ def compare(count: int, vocabulary: int, beta: float, right: list[str], rounds: 
                 samples[side].append(in_fresh_process(measure, side, count, vocabulary, beta))
     summary = {side: summarise(found) for side, found in samples.items()}
     row = {"rows": count, "vocabulary": vocabulary, "beta": beta, **compared(summary, count, vocabulary)}
+    row["sides"] = summary
     print(json.dumps(row), flush=True)
-    return {**row, "sides": summary}
+    return row
 
 
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,10 +99,13 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compared(summary: dict[str, Any], count: int, vocabulary: int) -> dict[str, Any]:
     """Ours beside the floor, the leanest right peer and the dense one; None where there is nothing to compare with."""
-    from stillroom.models.distilling import CHUNK_ROWS
+    import torch
+
+    from stillroom.models.distilling import fitting_rows
 
     ours = summary[OURS]
-    floor = 4 * (vocabulary * HIDDEN + count * HIDDEN + min(count, CHUNK_ROWS) * vocabulary)
+    chunk = fitting_rows(count, vocabulary, torch.device("cpu"))
+    floor = 4 * (vocabulary * HIDDEN + count * HIDDEN + chunk * vocabulary)
     peers = {side: found for side, found in summary.items() if side != OURS and "oom" not in found}
     dense = peers.get(GKD)
     leanest = min(peers, key=lambda side: peers[side]["peak_bytes"]) if peers else None

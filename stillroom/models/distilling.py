@@ -14,7 +14,7 @@ Every row counts the same: `scale` is 1 / (scored tokens of the whole step), ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,14 +26,14 @@ from stillroom.models.losses import TokenLoss, check_shapes
 from stillroom.models.products import Products, add_gradient, project
 from stillroom.models.signals import TeacherSignal, TopK
 
-CHUNK_ROWS = 256
-"""On a CPU: fewer make both heads' products slower, more only hold more memory (measured 64 to 1,024)."""
+CHUNK_ELEMENTS, CHUNK_ROWS = 2**26, 256
+"""On a CPU, logits of the student at a time (256 MiB), and the fewest rows: fewer make its products slower."""
 
-PIECE_ROWS = 64
-"""Rows that a teacher is asked for at a time on a CPU: a fifth less memory for a twelfth more time than a chunk."""
+PIECE_ELEMENTS, PIECE_ROWS = 2**23, 96
+"""The same for what the teacher is asked for at a time (32 MiB), which only has to be compared with the student's."""
 
-BLOCK_ELEMENTS = 2**18
-"""Logits compared at a time on a CPU: 1 MiB, so that the passes of a divergence stay within the cache."""
+BLOCK_ELEMENTS = 2**19
+"""Logits compared at a time on a CPU: 2 MiB, so that the passes of a divergence stay within the cache."""
 
 KEPT_BYTES = 31 * 2**20
 """glibc returns freed memory to the system beyond a threshold, and taking it anew costs a page fault per 4 KiB:
@@ -102,26 +102,55 @@ def distil(
         ValueError: shapes disagree, a label or an id of the teacher's is outside the vocabulary.
     """
     vocabulary = min(head_VD.shape[0], teacher.vocabulary)
-    _check(hidden_SD, head_VD, labels_S, teacher, vocabulary if blend.labels else None)
-    head = products.weight(head_VD)[:vocabulary]
-    on_cpu = hidden_SD.device.type == "cpu"
-    rows = chunk_rows or fitting_rows(len(hidden_SD), vocabulary, hidden_SD.device)
-    piece_rows = min(rows, PIECE_ROWS) if on_cpu else rows
-    block_rows = max(1, BLOCK_ELEMENTS // vocabulary) if on_cpu else rows
+    check_shapes(hidden_SD, head_VD, labels_S, vocabulary if blend.labels else None)
+
+    def compare(student_BV: Tensor, said: Tensor | TopK, rows: slice) -> Tensor:
+        return _compare(student_BV, _aligned(said, vocabulary), labels_S[rows, None], blend, scale)
+
+    return over_rows(
+        hidden_SD, head_VD, vocabulary, teacher, compare, products, gradient=gradient, chunk_rows=chunk_rows
+    )
+
+
+Compare = Callable[[Tensor, "Tensor | TopK", slice], Tensor]
+"""Loss of a block of rows, 0-d fp64, from the student's logits, which its gradient overwrites, and the teacher's word."""
+
+
+def over_rows(
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    vocabulary: int,
+    teacher: TeacherSignal,
+    compare: Compare,
+    products: Products,
+    *,
+    gradient: bool,
+    chunk_rows: int | None,
+) -> TokenLoss:
+    """The sum of `compare` over all rows and its gradient, a chunk of the student's first `vocabulary` logits at a time.
+
+    Raises:
+        ValueError: the teacher speaks of more or fewer rows.
+    """
+    if len(teacher) != len(hidden_SD):
+        raise ValueError(f"the teacher speaks of {len(teacher)} rows, the student of {len(hidden_SD)}")
+    head, on_cpu = products.weight(head_VD)[:vocabulary], hidden_SD.device.type == "cpu"
+    chunk_rows = chunk_rows or fitting_rows(len(hidden_SD), vocabulary, hidden_SD.device)
+    piece_rows = min(chunk_rows, max(PIECE_ROWS, PIECE_ELEMENTS // vocabulary)) if on_cpu else chunk_rows
+    block_rows = max(1, BLOCK_ELEMENTS // vocabulary) if on_cpu else chunk_rows
     if on_cpu:
         torch.empty(KEPT_BYTES, dtype=torch.uint8)  # freed at once
-    buffer_CV = hidden_SD.new_empty(min(rows, len(hidden_SD)), vocabulary)
+    buffer_CV = hidden_SD.new_empty(min(chunk_rows, len(hidden_SD)), vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=hidden_SD.device)
     gradient_SD = torch.empty_like(hidden_SD) if gradient else None
-    for chunk in _slices(0, len(hidden_SD), rows):
+    for chunk in _slices(0, len(hidden_SD), chunk_rows):
         hidden = products.operand(hidden_SD[chunk])
         logits_CV = project(hidden, head, buffer_CV)
         for piece in _slices(chunk.start, chunk.stop, piece_rows):
-            said = _aligned(teacher.rows(piece), vocabulary)
+            said = teacher.rows(piece)
             for block in _slices(piece.start, piece.stop, block_rows):
                 student_BV = logits_CV[block.start - chunk.start : block.stop - chunk.start]
-                within = slice(block.start - piece.start, block.stop - piece.start)
-                total += _compare(student_BV, _part(said, within), labels_S[block, None], blend, scale)
+                total += compare(student_BV, _part(said, block.start - piece.start, len(student_BV)), block)
         if gradient_SD is None:
             continue
         narrow = products.operand(logits_CV)
@@ -134,7 +163,7 @@ def distil(
 def fitting_rows(rows: int, vocabulary: int, device: torch.device) -> int:
     """How many of `rows` to project at a time, by the memory that is free now."""
     if device.type == "cpu":
-        return min(rows, CHUNK_ROWS) or 1
+        return max(1, min(rows, max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)))
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     per_row = 4 * vocabulary * 6  # both sides' logits and the temporaries of a divergence
@@ -205,17 +234,10 @@ def _aligned(said: Tensor | TopK, vocabulary: int) -> Tensor | TopK:
     return said
 
 
-def _part(said: Tensor | TopK, rows: slice) -> Tensor | TopK:
+def _part(said: Tensor | TopK, start: int, count: int) -> Tensor | TopK:
+    rows = slice(start, start + count)
     return said[rows] if isinstance(said, Tensor) else TopK(said.ids_SK[rows], said.logprobs_SK[rows])
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
-
-
-def _check(
-    hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor, teacher: TeacherSignal, vocabulary: int | None
-) -> None:
-    check_shapes(hidden_SD, head_VD, labels_S, vocabulary)
-    if len(teacher) != len(hidden_SD):
-        raise ValueError(f"the teacher speaks of {len(teacher)} rows, the student of {len(hidden_SD)}")

@@ -24,7 +24,8 @@ TOOL = ToolSpec("add", "Adds.", {"type": "object", "properties": {"n": {"type": 
 QUICK = TrainConfig(epochs=2, tokens_per_step=600, row_tokens=300, learning_rate=1e-2, precision="fp32")
 FORWARD = ObjectiveConfig(kind="forward_kl")
 EVERY_KIND = (
-    "forward_kl", "reverse_kl", "adaptive_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "symmetric",
+    "forward_kl", "reverse_kl", "adaptive_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
+    "symmetric",
 )  # fmt: skip
 
 
