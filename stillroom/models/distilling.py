@@ -113,7 +113,7 @@ def distil(
 
 
 Compare = Callable[[Tensor, "Tensor | TopK", slice], Tensor]
-"""Loss of a block of rows, 0-d fp64, from the student's logits, which its gradient overwrites, and the teacher's word."""
+"""Loss of a block of rows (0-d fp64) from the student's logits, which its gradient overwrites, and the teacher's."""
 
 
 def over_rows(
@@ -127,7 +127,7 @@ def over_rows(
     gradient: bool,
     chunk_rows: int | None,
 ) -> TokenLoss:
-    """The sum of `compare` over all rows and its gradient, a chunk of the student's first `vocabulary` logits at a time.
+    """The sum of `compare` over all rows and its gradient, on the first `vocabulary` logits of a chunk at a time.
 
     Raises:
         ValueError: the teacher speaks of more or fewer rows.
