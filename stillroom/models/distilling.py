@@ -134,11 +134,12 @@ def over_rows(
     """
     if len(teacher) != len(hidden_SD):
         raise ValueError(f"the teacher speaks of {len(teacher)} rows, the student of {len(hidden_SD)}")
-    head, on_cpu = products.weight(head_VD)[:vocabulary], hidden_SD.device.type == "cpu"
+    head = products.weight(head_VD)[:vocabulary]
     chunk_rows = chunk_rows or fitting_rows(len(hidden_SD), vocabulary, hidden_SD.device)
-    piece_rows = min(chunk_rows, max(PIECE_ROWS, PIECE_ELEMENTS // vocabulary)) if on_cpu else chunk_rows
-    block_rows = max(1, BLOCK_ELEMENTS // vocabulary) if on_cpu else chunk_rows
-    if on_cpu:
+    piece_rows = block_rows = chunk_rows
+    if hidden_SD.device.type == "cpu":
+        piece_rows = min(chunk_rows, max(PIECE_ROWS, PIECE_ELEMENTS // vocabulary))
+        block_rows = max(1, BLOCK_ELEMENTS // vocabulary)
         torch.empty(KEPT_BYTES, dtype=torch.uint8)  # freed at once
     buffer_CV = hidden_SD.new_empty(min(chunk_rows, len(hidden_SD)), vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=hidden_SD.device)
