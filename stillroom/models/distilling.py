@@ -173,22 +173,23 @@ def fitting_rows(rows: int, vocabulary: int, device: torch.device) -> int:
 
 def _compare(student_BV: Tensor, teacher: Tensor | TopK, labels_B1: Tensor, blend: Blend, scale: float) -> Tensor:
     """The scaled loss of a block, 0-d fp64; its gradient overwrites `student_BV`."""
-    q_BV = torch.softmax(student_BV, -1) if blend.labels or isinstance(teacher, TopK) else None
-    labelled = None
-    if blend.labels:
-        assert q_BV is not None
-        labelled = student_BV.gather(1, labels_B1) - log_normaliser(student_BV, q_BV)
+    labelled = _cross_entropy(student_BV, labels_B1) if blend.labels else None
     if isinstance(teacher, TopK):
-        assert q_BV is not None
-        loss = _sparse(student_BV, q_BV, teacher, blend, scale)
+        loss = _sparse(student_BV, teacher, blend, scale)
     else:
         loss = _dense(student_BV, teacher, blend, scale)
-    if labelled is None:
-        return loss
-    weight = scale * blend.labels
-    student_BV.add_(q_BV, alpha=weight)
-    student_BV.scatter_add_(1, labels_B1, student_BV.new_full(labels_B1.shape, -weight))
-    return loss - labelled.sum(dtype=torch.float64) * weight
+    if labelled is not None:
+        loss_B, slope_BV = labelled
+        student_BV.add_(slope_BV, alpha=scale * blend.labels)
+        loss += loss_B.sum(dtype=torch.float64) * (scale * blend.labels)
+    return loss
+
+
+def _cross_entropy(student_BV: Tensor, labels_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """Like a divergence, from the labels."""
+    q_BV = torch.softmax(student_BV, -1)
+    loss_B = (log_normaliser(student_BV, q_BV) - student_BV.gather(1, labels_B1))[:, 0]
+    return loss_B, q_BV.scatter_add_(1, labels_B1, q_BV.new_full(labels_B1.shape, -1.0))
 
 
 def _dense(student_BV: Tensor, teacher_BV: Tensor, blend: Blend, scale: float) -> Tensor:
@@ -207,9 +208,9 @@ def _dense(student_BV: Tensor, teacher_BV: Tensor, blend: Blend, scale: float) -
     return loss
 
 
-def _sparse(student_BV: Tensor, q_BV: Tensor, top: TopK, blend: Blend, scale: float) -> Tensor:
+def _sparse(student_BV: Tensor, top: TopK, blend: Blend, scale: float) -> Tensor:
     """`_dense` on the top-k and their bucket; the gradient of the bucket is spread over its tokens by their mass."""
-    ids_BK = top.ids_SK.long()
+    ids_BK, q_BV = top.ids_SK.long(), torch.softmax(student_BV, -1)
     teacher_BJ = top.logprobs_SK.float().clamp_min(LEAST_LOGPROB)
     student_BJ = student_BV.gather(1, ids_BK) - log_normaliser(student_BV, q_BV)
     if blend.tail == "renormalise" or ids_BK.shape[1] >= student_BV.shape[1]:

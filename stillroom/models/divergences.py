@@ -134,8 +134,7 @@ def _head_gap(p_BV: Tensor, gap_BV: Tensor, mu: float) -> Tensor:
     inside_BK = mass_BK.cumsum(-1) <= mu
     inside_BK[:, 0] = True
     head_B = gap_BV.gather(1, ids_BK).mul_(inside_BK).sum(-1)
-    longer = inside_BK[:, -1].nonzero()[:, 0] if count < p_BV.shape[-1] else []
-    for row in longer:
+    for row in inside_BK[:, -1].nonzero()[:, 0].tolist() if count < p_BV.shape[-1] else ():
         mass_V, ids_V = p_BV[row].sort(descending=True)
         head_B[row] = gap_BV[row][ids_V][mass_V.cumsum(-1) <= mu].sum()
     return head_B

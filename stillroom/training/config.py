@@ -31,11 +31,11 @@ class LoraSettings(BaseModel, frozen=True, extra="forbid"):
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     """What is minimised on each token of the answers, all of them weighing the same."""
 
-    kind: Literal["sequence", Divergence, "symmetric", "mix"] = "sequence"  # type: ignore[valid-type]
+    kind: Literal["sequence", Divergence, "symmetric", "mix"] = "sequence"
     """`sequence` is cross-entropy with the answers; `symmetric` (1 - reverse_share) forward + reverse_share reverse KL;
     `mix` takes `weights`; each other one is that divergence from the teacher alone."""
 
-    weights: dict[Literal["sequence", Divergence], float] = {}  # type: ignore[valid-type]
+    weights: dict[Literal["sequence", Divergence], float] = {}
     """The parts of a `mix`, e.g. `{forward_kl: 0.7, sequence: 0.3}`."""
 
     reverse_share: float = Field(default=0.5, ge=0, le=1)
