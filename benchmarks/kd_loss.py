@@ -5,14 +5,18 @@
 
 Same hidden states, heads, rows and beta (0 forward KL, 1 reverse KL, between them generalised JSD), all in fp32 at
 hidden size 576; only scored rows exist. Each sample is a fresh process that projects with both heads, takes the loss
-and computes the gradients of the student's hidden states and head, once, after a warm-up on a few rows; samples
-of all sides take turns, each round begun by another: memory that a virtual machine touches first is slow. Before any timing, every side's loss and gradients are compared with autograd in fp64.
+and computes the gradients of the student's hidden states and head, once, after a warm-up on a few rows. Samples of
+all sides take turns, each round begun by another: memory that a virtual machine touches first is slow. Before any
+timing, every side's loss and gradients are compared with autograd in fp64.
 
 Peers: TRL's `DistillationTrainer` (chunked), TRL's experimental `GKDTrainer` (dense), Liger's fused linear JSD where
 it runs. Time is compared with the leanest peer whose gradients are right, dense time stands beside it.
 
 Peak: the process's high-water mark above what it held with its inputs made. Floor: gradient of the head, gradient
 of the hidden states and one chunk of the student's logits; the teacher's logits are not counted in the floor.
+
+Liger's chunked losses are plain PyTorch and import without triton: `pip install --no-deps liger-kernel` has them
+measured too, otherwise the output says that they are absent.
 """
 
 from __future__ import annotations
