@@ -29,8 +29,8 @@ from stillroom.models.signals import TeacherSignal, TopK
 CHUNK_ELEMENTS, CHUNK_ROWS = 2**26, 256
 """On a CPU, logits of the student at a time (256 MiB), and the fewest rows: fewer make its products slower."""
 
-PIECE_ELEMENTS, PIECE_ROWS = 2**23, 96
-"""The same for what the teacher is asked for at a time (32 MiB), which only has to be compared with the student's."""
+PIECE_ELEMENTS, PIECE_ROWS = 3 * 2**21, 96
+"""The same for what the teacher is asked for at a time (24 MiB), which only has to be compared with the student's."""
 
 BLOCK_ELEMENTS = 2**19
 """Logits compared at a time on a CPU: 2 MiB, so that the passes of a divergence stay within the cache."""
