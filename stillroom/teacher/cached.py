@@ -20,6 +20,7 @@ import torch
 
 from stillroom.models.packing import Packed, TokenSequence, split
 from stillroom.models.signals import Listed, TeacherSignal, TopK
+from stillroom.schema import digest
 from stillroom.teacher.signal_cache import SignalCache
 from stillroom.teacher.top_k import SequenceTopK
 from stillroom.telemetry import progress
@@ -84,6 +85,11 @@ class CachedTeacher:
     def __init__(self, cache: SignalCache, teacher: TopKTeacher | None = None) -> None:
         self.cache, self.teacher = cache, teacher
         self.vocabulary = cache.identity.vocabulary
+
+    @property
+    def digest(self) -> str:
+        """What decides the signals, see `TeacherSource`: the cache's identity; who filled it makes no difference."""
+        return digest(self.cache.identity.model_dump(mode="json"))
 
     def signal(self, packed: Packed, sequences: Sequence[TokenSequence]) -> TeacherSignal:
         """The cached top-k of the scored rows; where a served teacher gave fewer for some, the fewest for all.

@@ -10,8 +10,7 @@ equal bits on one machine with one number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from stillroom.models.products import Products
 from stillroom.models.signals import Projected, TeacherSignal
 from stillroom.schema import digest
 from stillroom.teacher.signal_cache import SignalIdentity
+from stillroom.teacher.tokens import vocabulary_digest
 from stillroom.teacher.top_k import SequenceTopK, ValueBytes
 
 
@@ -55,6 +55,11 @@ class LiveTeacher:
         self.precision = pick_precision("bf16" if head.dtype == torch.bfloat16 else precision, head.device.type)
         self._products = Products(self.precision)
         self._head = head
+
+    @property
+    def digest(self) -> str:
+        """What decides the signals, see `TeacherSource`."""
+        return digest(self.identity(1).model_dump(mode="json"))
 
     def identity(self, top_k: int, value_bytes: ValueBytes = 2) -> SignalIdentity:
         """What decides the signals of this teacher, for a `SignalCache`."""
@@ -95,7 +100,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def _projected(self, packed: Packed) -> Projected:
-        packed = _to(packed, self._head.device)
+        packed = packed.to(self._head.device)
         return Projected(hidden_states(self.model, packed, self._products), self._head, self._products)
 
 
@@ -113,11 +118,6 @@ class _Shown:
         return self._signal.rows(rows)[:, : self.vocabulary].to(self._device)
 
 
-def vocabulary_digest(tokenizer: Any) -> str:
-    """Digest of which token has which id: equal where two models mean the same by an id."""
-    return digest(dict(sorted(tokenizer.get_vocab().items())))
-
-
 def _most_likely(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, log-probabilities and log of the remaining mass, on the CPU; overwrites the logits."""
     values_RK, ids_RK = logits_RV.topk(k)
@@ -127,10 +127,3 @@ def _most_likely(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rest_R1 = logits_RV.sub_(highest_R1).exp_().sum(-1, keepdim=True).log_().add_(highest_R1)
     normal_R1 = torch.logaddexp(values_RK.logsumexp(-1, keepdim=True), rest_R1)
     return ids_RK.cpu(), (values_RK - normal_R1).cpu(), (rest_R1 - normal_R1)[:, 0].cpu()
-
-
-def _to(packed: Packed, device: torch.device) -> Packed:
-    if packed.ids_T.device == device:
-        return packed
-    tensors = {field.name: getattr(packed, field.name) for field in fields(packed)}
-    return replace(packed, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)})
