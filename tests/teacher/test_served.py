@@ -66,7 +66,9 @@ def live():
 def assert_near(found, wanted) -> None:
     """Most of the mass lies on the same tokens; llama.cpp rounds activations to 8 bits, which moves a tenth at most."""
     for row in range(len(wanted.ids_NK)):
-        there, here = (dict(zip(t.ids_NK[row].tolist(), np.exp(t.logprobs_NK[row]).tolist())) for t in (found, wanted))
+        there, here = (
+            dict(zip(t.ids_NK[row].tolist(), np.exp(t.logprobs_NK[row]).tolist(), strict=True)) for t in (found, wanted)
+        )
         moved = sum(abs(there.get(index, 0) - here.get(index, 0)) for index in there.keys() | here.keys()) / 2
         assert moved < 0.15
 
