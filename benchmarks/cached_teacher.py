@@ -88,10 +88,10 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
     from stillroom.teacher.cached import CachedTeacher, fill
     from stillroom.teacher.live import LiveTeacher
     from stillroom.teacher.signal_cache import SignalCache
-    from stillroom.training import TrainConfig
+    from stillroom.training.config import ObjectiveConfig, TrainConfig
 
     sequences = _sequences(job["examples"])
-    config = TrainConfig(precision="fp32", learning_rate=LEARNING_RATE, epochs=job["epochs"])
+    config = TrainConfig(precision="fp32", epochs=job["epochs"], objective=ObjectiveConfig(kind="forward_kl"))
     loaded = load(str(resolve_path(TEACHER)), chat_template="chatml-tools")
     student = _child(copy.deepcopy(loaded.model), job["layers"])
     teacher = LiveTeacher(loaded, precision="fp32")
@@ -113,22 +113,13 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
 
 def _train(student: Any, teacher: Any, sequences: list[Any], config: Any, *, learning_rate: float) -> list[float]:
     """Forward KL over all epochs; the loss of every step."""
-    from stillroom.models.distilling import Blend, distil
-    from stillroom.models.divergences import forward_kl
-    from stillroom.models.packing import pack, split
     from stillroom.training.sequences import steps_of_epoch
     from stillroom.training.step import Stepper
 
-    def objective(hidden_SD: Any, head_VD: Any, labels_S: Any, *arguments: Any, **options: Any) -> Any:
-        return distil(hidden_SD, head_VD, labels_S, next(signals), blend, *arguments, **options)
-
-    blend = Blend(((1.0, forward_kl),))
-    stepper = Stepper(student, config, objective)
+    stepper = Stepper(student, config, teacher)
     losses = []
     for epoch in range(config.epochs):
         for step in steps_of_epoch(sequences, config, 0, epoch):
-            rows = split(step, config.row_tokens)
-            signals = (teacher.signal(pack(row), row) for row in rows)
             losses.append(stepper.step(step, learning_rate).loss)
     return losses
 

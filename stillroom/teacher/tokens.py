@@ -32,7 +32,6 @@ class TokenTable:
         shared = Counter(self._bytes_of.values())
         self._id_of = {said: index for index, said in self._bytes_of.items() if shared[said] == 1}
         self.size = max(names) + 1
-        self._added = added.keys()
 
     def id_of(self, token: Mapping[str, Any]) -> int | None:
         """The id of a token as servers write one: `{"token", "bytes", "id"}`, the last two often absent.
@@ -52,7 +51,7 @@ class TokenTable:
         """`index`, if it may be what is called `said` there; special tokens have no text on some servers."""
         ours = self._bytes_of.get(index)
         unsaid = not said or _LOST.encode() in said
-        if ours is not None and (unsaid or index in self._added or ours.strip() == said.strip()):
+        if ours is not None and (unsaid or ours.strip() == said.strip()):
             return index
         here = "no token" if ours is None else repr(ours.decode("utf-8", "replace"))
         raise different(f"token {index} is {said.decode('utf-8', 'replace')!r} there and {here} here")
@@ -65,6 +64,21 @@ def different(why: str) -> ConfigError:
         "help: distil the teacher's words (sequence KD), or compare across tokenizers with the ULD objective, which "
         "needs the teacher in memory."
     )
+
+
+def check_same_tokens(student: Any, teacher: Any) -> None:
+    """Refuse a teacher whose ids mean other tokens than the student's.
+
+    Args:
+        student, teacher: tokenizers.
+
+    Raises:
+        ConfigError: names the first id that differs.
+    """
+    ours, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (student, teacher))
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            raise different(f"token {index} is {theirs.get(index)!r} there and {ours.get(index)!r} here")
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

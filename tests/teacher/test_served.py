@@ -21,7 +21,7 @@ from stillroom.teacher.cached import CachedTeacher, fill
 from stillroom.teacher.live import LiveTeacher
 from stillroom.teacher.served import ServedTeacher
 from stillroom.teacher.signal_cache import SignalCache
-from stillroom.teacher.tokens import TokenTable
+from stillroom.teacher.tokens import TokenTable, check_same_tokens
 from tests.engines.questions import smollm2
 from tests.engines.servers import RawServer
 
@@ -286,6 +286,12 @@ def test_a_table_knows_every_token_by_its_bytes_or_not_at_all(tokenizer):
     assert known > 6000
     assert table.id_of({"token": "\ufffd"}) is None
     assert table.id_of({"token": "token_id:57"}) == 57
+
+
+def test_tokenizers_are_compared_token_by_token(tokenizer, tiny_student):
+    check_same_tokens(tokenizer, load_tokenizer(smollm2(), chat_template="chatml-tools"))
+    with pytest.raises(ConfigError, match=r"token \d+ is (.|\n)*ULD"):
+        check_same_tokens(tokenizer, load_tokenizer(tiny_student))
 
 
 def test_a_cached_source_without_a_teacher_names_what_it_lacks(tokenizer, tmp_path):
