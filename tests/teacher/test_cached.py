@@ -111,7 +111,7 @@ def test_a_full_cache_gives_the_dense_kl_and_gradient(tmp_path, teacher, name, s
     packed = pack(sequences)
     student = Student(len(packed.labels_S), teacher.vocabulary, seed)
     with SignalCache(tmp_path, teacher.identity(teacher.vocabulary, value_bytes=4)) as cache:
-        fill(cache, teacher, sequences, row_tokens=100)
+        fill(cache, teacher, sequences)
         loss, gradient = student.distil(CachedTeacher(cache).signal(packed, sequences), packed, KLS[name])
     wanted, wanted_gradient = student.reference(dense(teacher, packed, sequences), name)
     assert loss == pytest.approx(wanted, rel=1e-5)
