@@ -35,7 +35,7 @@ class Loaded:
         name: what to call it in reports: the file's or directory's name, or the hub id.
         digest: SHA-256 over its weight files; equal digests mean equal weights.
         chat_template: Jinja text that turns messages and tools into a prompt.
-        source: the GGUF file or directory that it was read from.
+        source: the GGUF file or directory that it was read from; None if its vocabulary was made here.
     """
 
     model: Any
@@ -43,7 +43,7 @@ class Loaded:
     name: str
     digest: str
     chat_template: str
-    source: Path
+    source: Path | None
 
 
 def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str | None = None) -> Loaded:
