@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stillroom.models.prompts import target_text as target_text
     from stillroom.models.pruning import prune as prune
     from stillroom.models.pruning import restrict as restrict
+    from stillroom.models.spectrum_view import write_spectrum as write_spectrum
     from stillroom.models.vocabulary import token_map as token_map
 
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "target_text": "prompts",
     "token_map": "vocabulary",
     "weights_bytes": "exporting",
+    "write_spectrum": "spectrum_view",
 }
 
 __all__ = sorted(_HOMES)

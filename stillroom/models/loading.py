@@ -60,13 +60,11 @@ def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str
         ConfigError: there is no such chat template.
     """
     place, name = _locate(source)
-    weights = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"no *.safetensors in {place}.\nhelp: save the model with `save_pretrained(folder)`.")
+    weights = weight_files(place)
     file = read_gguf(place) if place.is_file() else None
     tokenizer = _read_tokenizer(place, file, chat_template)
     return Loaded(
-        _read_model(place, file, dtype), tokenizer, name, _digest(weights), tokenizer.chat_template or "", place
+        _read_model(place, file, dtype), tokenizer, name, weights_digest(weights), tokenizer.chat_template or "", place
     )
 
 
@@ -78,6 +76,19 @@ def load_tokenizer(source: str | Path, *, chat_template: str | None = None) -> A
     """
     place, _ = _locate(source)
     return _read_tokenizer(place, read_gguf(place) if place.is_file() else None, chat_template)
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """The files that hold a model's weights: one GGUF, or the safetensors of a directory.
+
+    Raises:
+        ModelError: there are none.
+    """
+    place, _ = _locate(source)
+    weights = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"no *.safetensors in {place}.\nhelp: save the model with `save_pretrained(folder)`.")
+    return weights
 
 
 def _locate(source: str | Path) -> tuple[Path, str]:
@@ -174,7 +185,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _digest(files: list[Path]) -> str:
+def weights_digest(files: list[Path]) -> str:
     """SHA-256 of one file as `sha256sum` gives it; of several, over their names and digests."""
     digests = []
     for path in files:

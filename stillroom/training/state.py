@@ -14,6 +14,7 @@ from stillroom.models.packing import TokenSequence
 from stillroom.schema import digest
 from stillroom.telemetry import note
 from stillroom.training.config import TrainConfig
+from stillroom.training.on_policy import Replayed
 from stillroom.training.step import Stepper, StepReport
 
 VERSION = 3
@@ -25,7 +26,7 @@ UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest", "save_behind",
 
 @dataclass
 class Run:
-    """How far a run is, and one line of figures for every step so far."""
+    """How far a run is, one line of figures for every step so far, and the student's samples that are kept."""
 
     fingerprint: str
     step: int = 0
@@ -33,6 +34,7 @@ class Run:
     done: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    replay: list[Replayed] = field(default_factory=list)
 
     def add(self, report: StepReport, epoch: int, rate: float, step_s: float) -> dict[str, float]:
         """Count a step; its line in the history."""
@@ -103,6 +105,7 @@ def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
             )
         run.step, run.seconds, run.done = values["step"], values["seconds"], values["done"]
         run.history = json.loads(values["history"])
+        run.replay = [(ids, first, name) for ids, first, name in json.loads(values.get("replay", "[]"))]
         run.resumed_at = values["resumed_at"] if run.done else [*values["resumed_at"], run.step]
         torch.set_rng_state(state["random"])
         if not run.done:
@@ -122,6 +125,8 @@ def state_of(stepper: Stepper, run: Run) -> dict[str, Any]:
         "history": json.dumps(run.history),
         "resumed_at": run.resumed_at,
     }
+    if stepper.config.on_policy is not None:
+        values["replay"] = json.dumps(run.replay)
     return {
         "weights": {name: p.detach() for name, p in stepper.trained.items()},
         "optimizer": moments,

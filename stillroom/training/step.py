@@ -7,7 +7,6 @@ random state, where adapters have dropout). Equal inputs give equal bits on one 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +21,9 @@ from stillroom.models.packed import hidden_states
 from stillroom.models.packing import Packed, TokenSequence, pack, split
 from stillroom.models.precision import pick_precision
 from stillroom.models.products import Products
-from stillroom.training.config import LoraSettings, TrainConfig
-
-ALIGNMENT_BYTES = 64
-"""Weights are moved to such addresses if need be: the last bit of a matrix product in MKL depends on alignment."""
+from stillroom.models.spectrum import MatrixScore
+from stillroom.training.config import TrainConfig
+from stillroom.training.selection import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +43,17 @@ class Stepper:
         model: a Transformers causal language model; frozen and adapted here as `config` says.
         config: what is trained.
         objective: what is minimised; by default cross-entropy with the answers.
+        scores: of the model's matrices, where `config.spectrum` chooses by them.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, objective: Objective | None = None) -> None:
-        self.model = prepare(model, config)
+    def __init__(
+        self,
+        model: Any,
+        config: TrainConfig,
+        objective: Objective | None = None,
+        scores: Sequence[MatrixScore] = (),
+    ) -> None:
+        self.model = prepare(model, config, scores)
         self.config = config
         self.device = next(self.model.parameters()).device
         self.precision = pick_precision(config.precision, self.device.type)
@@ -118,37 +123,6 @@ class Stepper:
         if norm > self.config.clip_norm:
             torch._foreach_mul_(gradients, self.config.clip_norm / norm)
         return norm
-
-
-def prepare(model: Any, config: TrainConfig) -> Any:
-    """Freeze what stays, put adapters in where asked; what is trained requires a gradient, nothing else does."""
-    for parameter in model.parameters():
-        if parameter.data_ptr() % ALIGNMENT_BYTES:
-            parameter.data = parameter.data.clone()
-    if config.method == "lora":
-        return _adapt(model, config.lora)
-    model.requires_grad_(True)
-    if config.freeze_layers:
-        decoder = model.get_decoder()
-        for frozen in (decoder.embed_tokens, *decoder.layers[: config.freeze_layers]):
-            frozen.requires_grad_(False)
-    return model
-
-
-def _adapt(model: Any, settings: LoraSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        # peft 0.21 asks Transformers 5 for an attribute by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapters = LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=list(settings.targets),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, adapters)
 
 
 def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

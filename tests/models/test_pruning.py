@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -189,7 +191,7 @@ def test_influence_is_what_hidden_states_say_and_a_layer_without_effect_goes():
         with torch.no_grad():
             states = teacher.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         x = [state[0].double().numpy() for state in states[:-1]]  # the last one is after the norm
-        for layer, (a, b) in enumerate(zip(x, x[1:], strict=False)):
+        for layer, (a, b) in enumerate(itertools.pairwise(x)):
             parts[layer] += list((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))
     wanted = [1 - np.mean(values) for values in parts[:-1]]
     assert found[:-1] == pytest.approx(wanted, abs=1e-6)
