@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from stillroom.data.config import DataConfig
 from stillroom.engines.config import ModelConfig, Price
 from stillroom.evaluation.config import EvalConfig
+from stillroom.models.config import PruneConfig
 from stillroom.teacher.config import TeacherConfig
 from stillroom.training.config import TrainConfig
 
@@ -25,6 +26,9 @@ class StudentConfig(BaseModel, frozen=True, extra="forbid"):
     chat_template: str | None = "chatml-tools"
     """How conversations and tools become a prompt, in training and ever after: a template that we ship, a `.jinja`
     file, or null for the model's own, which then has to know tools."""
+
+    prune: PruneConfig | None = None
+    """Cut the model down before training; its data is the labelled training set. The report's base is the whole one."""
 
     license: str = ""
     """Licence of the weights; carried into the student's model card."""

@@ -1,4 +1,4 @@
-"""Batches that the student writes itself, for a teacher to judge: with probability lambda in place of the given answers.
+"""Batches that the student writes itself, for a teacher to judge: with probability lambda in place of those given.
 
     source = OnPolicy(config.on_policy, stepper.model, end_ids, seed, longest, run.replay)
     batch = source.batch(step, batch)       # the given sequences, new samples, or samples of earlier steps
@@ -65,8 +65,8 @@ class OnPolicy:
     ) -> None:
         if config.teacher_share and teacher is None:
             raise ConfigError(
-                f"on_policy.teacher_share={config.teacher_share} samples with the teacher's help, and the teacher is not "
-                "in memory.\nhelp: use a teacher whose weights are at hand, or set on_policy.teacher_share to 0."
+                f"on_policy.teacher_share={config.teacher_share} samples with the teacher's help, and it is not in memory."
+                "\nhelp: use a teacher whose weights are at hand, or set on_policy.teacher_share to 0."
             )
         self.config, self.model, self.end_ids = config, model, end_ids
         self.seed, self.longest, self.replay = seed, longest, replay

@@ -206,7 +206,7 @@ def test_interrupted_at_any_step_it_samples_on_to_the_same_bits(tiny_student, tm
 
 
 def test_what_cannot_be_done_is_refused_by_name(tiny_student, tmp_path):
-    with pytest.raises(ConfigError, match="teacher_share=0.2"):
+    with pytest.raises(ConfigError, match=r"teacher_share=0\.2"):
         config = QUICK.model_copy(update={"on_policy": OnPolicyConfig(teacher_share=0.2)})
         train(open_student(tiny_student), examples(), config, tmp_path)
     with pytest.raises(ValidationError, match=r"replay_share.*replay: 0"):
