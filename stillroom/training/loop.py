@@ -78,6 +78,7 @@ def train(
     torch.manual_seed(seed)
     stepper = Stepper(loaded.model, config, objective, _scores(loaded, config, work))
     run = Run(fingerprint(loaded, sequences, held_out_sequences, config, seed, stepper.precision.name))
+    source = _source(loaded, stepper, run, seed, sampling_teacher)
     stage: Literal["at once", "behind"] = "behind" if config.save_behind else "at once"
     checkpoints = CheckpointConfig(keep_latest=config.keep_latest, stage=stage)
     like = state_of(stepper, run)
@@ -85,7 +86,6 @@ def train(
         checkpointer.guard(stepper.optimizer)
         restore(checkpointer, stepper, run)
         if not run.done:
-            source = _source(loaded, stepper, run, seed, sampling_teacher)
             _run(stepper, sequences, held_out_sequences, run, checkpointer, work, seed, source)
     loaded.model = merged(stepper.model)
     loaded.model.requires_grad_(True).eval()

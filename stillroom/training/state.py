@@ -105,7 +105,7 @@ def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
             )
         run.step, run.seconds, run.done = values["step"], values["seconds"], values["done"]
         run.history = json.loads(values["history"])
-        run.replay = [(ids, first, name) for ids, first, name in json.loads(values.get("replay", "[]"))]
+        run.replay[:] = [(ids, first, name) for ids, first, name in json.loads(values.get("replay", "[]"))]
         run.resumed_at = values["resumed_at"] if run.done else [*values["resumed_at"], run.step]
         torch.set_rng_state(state["random"])
         if not run.done:
