@@ -65,7 +65,7 @@ class OnPolicy:
     ) -> None:
         if config.teacher_share and teacher is None:
             raise ConfigError(
-                f"on_policy.teacher_share={config.teacher_share} samples with the teacher's help; it is not in memory.\n"
+                f"on_policy.teacher_share={config.teacher_share} samples with a teacher, which is not in memory.\n"
                 "help: use a teacher whose weights are at hand, or set on_policy.teacher_share to 0."
             )
         self.config, self.model, self.end_ids = config, model, end_ids
