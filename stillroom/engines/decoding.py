@@ -217,7 +217,7 @@ def _forward(
         .float()
         for model, cache in caches
     ]
-    return mix(*logits, share) if len(logits) > 1 else logits[0]
+    return mix(logits[0], logits[1], share) if len(logits) > 1 else logits[0]
 
 
 def _left_padded(prompts: Sequence[list[int]], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def cached_scan(
         if stored["digest"] == digest:
             return [MatrixScore(**entry | {"shape": tuple(entry["shape"])}) for entry in stored["scores"]]
     scores = []
-    with progress("spectrum", total or 0, "matrices") as bar:
+    with progress("spectrum", total, "matrices") as bar:
         for score in scan(matrices):
             scores.append(score)
             bar.advance(1)

@@ -107,7 +107,11 @@ def _bpe(tokenizer: Any) -> dict[str, Any]:
 
 def _pairs(merges: Iterable[Any]) -> list[tuple[str, str]]:
     """Merges as pairs; older files have them as one text."""
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]  # type: ignore[misc]
+    pairs = []
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        pairs.append((left, right))
+    return pairs
 
 
 def _alphabet() -> set[str]:
