@@ -77,21 +77,15 @@ def scan(matrices: Iterable[tuple[str, Tensor]]) -> Iterator[MatrixScore]:
         yield MatrixScore(name, int(found[1]), found[2], (rows, columns), snr, score)
 
 
-def cached_scan(
-    path: str | Path, digest: str, matrices: Iterable[tuple[str, Tensor]], total: int | None = None
-) -> list[MatrixScore]:
-    """The scores that `path` holds for weights of this digest; scanned and written there if it holds none.
-
-    Args:
-        digest: of the weights (`Loaded.digest`). total: how many matrices there are, for the progress shown.
-    """
+def cached_scan(path: str | Path, digest: str, matrices: Iterable[tuple[str, Tensor]]) -> list[MatrixScore]:
+    """The scores that `path` holds for weights of this digest; scanned and written there if it holds none."""
     path = Path(path)
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["digest"] == digest:
             return [MatrixScore(**entry | {"shape": tuple(entry["shape"])}) for entry in stored["scores"]]
     scores = []
-    with progress("spectrum", total, "matrices") as bar:
+    with progress("spectrum", unit="matrices") as bar:
         for score in scan(matrices):
             scores.append(score)
             bar.advance(1)

@@ -40,9 +40,7 @@ def keep_tokens(tokenizer: Any, needed: Iterable[int], at_least: int = 0) -> lis
     for left, right in _pairs(model["merges"]):
         made_of.setdefault(left + right, []).append((left, right))
     kept = {text_of[index] for index in needed if index in text_of}
-    kept |= {token for token in vocabulary if len(token) == 1 and token not in made_of} & _alphabet()
-    kept |= SENTENCE_PIECE & vocabulary.keys()
-    kept |= {model["unk_token"]} & vocabulary.keys()
+    kept |= (_alphabet() | SENTENCE_PIECE | {model["unk_token"]}) & vocabulary.keys()
     _close(kept, made_of)
     for token in made_of:  # in the order in which they were learnt
         if len(kept) >= at_least:
