@@ -39,14 +39,13 @@ def keep_tokens(tokenizer: Any, needed: Iterable[int], at_least: int = 0) -> lis
     made_of: dict[str, list[tuple[str, str]]] = {}
     for left, right in _pairs(model["merges"]):
         made_of.setdefault(left + right, []).append((left, right))
-    kept = {text_of[index] for index in needed if index in text_of}
-    kept |= (_alphabet() | SENTENCE_PIECE | {model["unk_token"]}) & vocabulary.keys()
-    _close(kept, made_of)
+    kept: set[str] = set()
+    _keep(kept, {text_of[index] for index in needed if index in text_of}, made_of)
+    _keep(kept, (_alphabet() | SENTENCE_PIECE | {model["unk_token"]}) & vocabulary.keys(), made_of)
     for token in made_of:  # in the order in which they were learnt
         if len(kept) >= at_least:
             break
-        kept.add(token)
-        _close(kept, made_of)
+        _keep(kept, {token}, made_of)
     return sorted({vocabulary[token] for token in kept} | set(tokenizer.added_tokens_decoder))
 
 
@@ -119,13 +118,14 @@ def _alphabet() -> set[str]:
     return set(ByteLevel.alphabet())
 
 
-def _close(kept: set[str], made_of: dict[str, list[tuple[str, str]]]) -> None:
-    """Add what the kept are merged from, whichever way."""
-    waiting = list(kept)
+def _keep(kept: set[str], tokens: set[str], made_of: dict[str, list[tuple[str, str]]]) -> None:
+    """Add tokens, and what they are merged from, whichever way."""
+    waiting = list(tokens)
     while waiting:
-        for pair in made_of.get(waiting.pop(), ()):
-            waiting.extend(set(pair) - kept)
-            kept.update(pair)
+        token = waiting.pop()
+        if token not in kept:
+            kept.add(token)
+            waiting.extend(part for pair in made_of.get(token, ()) for part in pair)
 
 
 def _renumber_template(processor: dict[str, Any] | None, place: dict[int, int]) -> None:
