@@ -12,7 +12,7 @@ in order, once each, and in pieces of any size; nothing larger than a piece has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,9 +62,15 @@ class TeacherSource(Protocol):
 
     Attributes:
         digest: changes whenever the signals would; part of what makes two training runs the same.
+        model: the teacher itself, where it is in memory and judges any text, also what a student has just sampled;
+            None where its signals were made before, for texts that were known then.
     """
 
-    digest: str
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def model(self) -> Any: ...
 
     def signal(self, packed: Packed, sequences: Sequence[TokenSequence]) -> TeacherSignal:
         """The signal for `packed = pack(sequences)`, which lies on the student's device.

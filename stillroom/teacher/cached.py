@@ -85,6 +85,7 @@ class CachedTeacher:
     def __init__(self, cache: SignalCache, teacher: TopKTeacher | None = None) -> None:
         self.cache, self.teacher = cache, teacher
         self.vocabulary = cache.identity.vocabulary
+        self.model = None  # also with a teacher to ask: samples of one step would fill the cache for nobody
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stillroom.training.config import LoraSettings as LoraSettings
     from stillroom.training.config import ObjectiveConfig as ObjectiveConfig
+    from stillroom.training.config import OnPolicyConfig as OnPolicyConfig
+    from stillroom.training.config import SpectrumSettings as SpectrumSettings
     from stillroom.training.config import TrainConfig as TrainConfig
     from stillroom.training.loop import train as train
     from stillroom.training.rate import measure_rate as measure_rate
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "LoraSettings": "config",
     "ObjectiveConfig": "config",
+    "OnPolicyConfig": "config",
+    "SpectrumSettings": "config",
     "TrainConfig": "config",
     "TrainResult": "result",
     "measure_rate": "rate",

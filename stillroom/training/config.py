@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -10,6 +10,9 @@ Divergence = Literal[
     "forward_kl", "reverse_kl", "adaptive_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
 """Ways to compare the student's next-token distribution with its teacher's; see `stillroom.models.divergences`."""
+
+LAYERS = r"^\d+(-\d+)?(,\d+(-\d+)?)*$"
+"""Layer ranges as text: `12-29`, or `0-3,28`."""
 
 
 class LoraSettings(BaseModel, frozen=True, extra="forbid"):
@@ -26,6 +29,52 @@ class LoraSettings(BaseModel, frozen=True, extra="forbid"):
 
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get adapters."""
+
+    base: Literal["fp32", "int8", "nf4"] = "fp32"
+    """Format of the frozen linear layers under the adapters: 4, 1 or 0.56 bytes a weight. Packed ones are unpacked
+    for each product, on any device; adapters are merged into what they were trained on (QLoRA, arXiv:2305.14314)."""
+
+
+class SpectrumSettings(BaseModel, frozen=True, extra="forbid"):
+    """Train the weight matrices with the highest signal-to-noise ratio. Source: arXiv:2406.06623."""
+
+    top: float = Field(default=25.0, gt=0, le=100)
+    """Percent of the matrices of each kind (`mlp.up_proj`, for instance), rounded up; embedding and head besides."""
+
+
+class OnPolicyConfig(BaseModel, frozen=True, extra="forbid"):
+    """Steps whose answers the student samples itself, for a teacher in memory to judge."""
+
+    probability: float = Field(default=0.5, gt=0, le=1)
+    """Lambda: share of the steps that are the student's own. Source: GKD, arXiv:2306.13649."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling; the objective has a temperature of its own."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Cap on one answer."""
+
+    step_tokens: int = Field(default=8192, ge=1)
+    """Cap on the sampled tokens of one step; where it binds, each answer may have an equal part of it."""
+
+    replay: int = Field(default=0, ge=0)
+    """So many sampled sequences are kept, the newest."""
+
+    replay_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the student's own steps that use kept sequences again. Source: DistiLLM, arXiv:2402.03898."""
+
+    teacher_share: float = Field(default=0.0, ge=0, lt=1)
+    """Alpha: each token is sampled from so much of the teacher and the rest of the student, which keeps samples from
+    drifting into text that neither would write; 0.2 in MiniLLM, arXiv:2306.08543. Not weighted by importance."""
+
+    @model_validator(mode="after")
+    def _replay_needs_room(self) -> Self:
+        if self.replay_share and not self.replay:
+            raise ValueError("replay_share uses kept sequences, and replay: 0 keeps none; raise replay")
+        return self
 
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
@@ -142,6 +191,16 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     freeze_layers: int = Field(default=0, ge=0)
     """So many of the lowest layers stay as they are, and so does the embedding (the output head too, where tied)."""
 
+    train_layers: str | None = Field(default=None, pattern=LAYERS)
+    """Only these layers are trained, counted from 0: `12-29`, or `0-3,28-29`. The embedding is trained with layer 0,
+    final norm and output head with the last one; a tied head goes with the embedding."""
+
+    spectrum: SpectrumSettings | None = None
+    """Train only the matrices that a Spectrum scan of the student chooses, with embedding and output head."""
+
+    on_policy: OnPolicyConfig | None = None
+    """Have the student write some of the answers."""
+
     save_every_s: float = Field(default=120.0, gt=0)
     """Seconds of training between checkpoints."""
 
@@ -159,10 +218,41 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     """End the training when a checkpoint cannot be saved, instead of showing it and going on."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
+    def _refuse_contradictory_objectives(self) -> Self:
+        kind = self.objective.kind
         if self.label_smoothing and self.objective.needs_teacher:
             raise ValueError(
-                f"label_smoothing={self.label_smoothing} and objective.kind={self.objective.kind}: "
+                f"label_smoothing={self.label_smoothing} and objective.kind={kind}: "
                 "a teacher's distribution takes the place of smoothed labels"
             )
+        if self.on_policy and not self.objective.needs_teacher:
+            raise ValueError(
+                f"on_policy and objective.kind={kind}: without a teacher that judges them, a student learns nothing "
+                "from its own answers; set objective.kind to forward_kl, for instance"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _refuse_contradictory_choices(self) -> Self:
+        chosen = {
+            "freeze_layers": self.freeze_layers > 0,
+            "train_layers": self.train_layers is not None,
+            "spectrum": self.spectrum is not None,
+        }
+        named = [name for name, given in chosen.items() if given]
+        if len(named) > 1:
+            raise ValueError(f"{named[0]} and {named[1]} both say what is trained; give one of them")
+        if self.spectrum is not None and self.method == "lora":
+            raise ValueError("spectrum chooses whole matrices, and method: lora trains none; give one of them")
+        if self.lora.base != "fp32" and self.method != "lora":
+            raise ValueError(f"lora.base: {self.lora.base} is frozen, so it needs method: lora, not {self.method}")
+        return self
+
+
+def layers_in(text: str) -> frozenset[int]:
+    """The layers that `train_layers` names."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return frozenset(found)

@@ -1,12 +1,14 @@
-"""From the objective that a recipe names to the functions that compute it."""
+"""From the objective that a recipe names to the functions that compute it, and the teacher that it needs."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from stillroom.errors import ConfigError
 from stillroom.models import divergences
 from stillroom.models.distilling import Blend
-from stillroom.training.config import ObjectiveConfig
+from stillroom.models.signals import TeacherSource
+from stillroom.training.config import ObjectiveConfig, TrainConfig
 
 
 def blend_of(config: ObjectiveConfig) -> Blend | None:
@@ -23,6 +25,32 @@ def blend_of(config: ObjectiveConfig) -> Blend | None:
         config.temperature_squared,
         config.tail,
     )
+
+
+def check_teacher(config: TrainConfig, teacher: TeacherSource | None) -> None:
+    """Refuse a teacher that does not go with `config`.
+
+    Raises:
+        ConfigError: the objective needs a teacher and there is none, or the other way round; or the student samples
+            answers, and the teacher knows those of its cache alone.
+    """
+    kind, needed = config.objective.kind, config.objective.needs_teacher
+    if needed and teacher is None:
+        raise ConfigError(
+            f"training.objective.kind={kind} compares with a teacher's distribution, and there is no teacher signal.\n"
+            "help: give a teacher in memory or a cache of its log-probabilities, or set objective.kind=sequence."
+        )
+    if teacher is not None and not needed:
+        raise ConfigError(
+            f"there is a teacher signal, and training.objective.kind={kind} does not look at it.\n"
+            "help: set objective.kind to one that does, such as forward_kl, or leave the teacher out."
+        )
+    if teacher is not None and config.on_policy and teacher.model is None:
+        raise ConfigError(
+            f"training.on_policy has the student write answers that nobody knows yet, and {type(teacher).__name__} "
+            "gives cached or served signals of answers that were known before.\n"
+            "help: give a teacher in memory, or leave training.on_policy out."
+        )
 
 
 def _weights(config: ObjectiveConfig) -> dict[str, float]:

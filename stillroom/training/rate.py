@@ -20,9 +20,8 @@ def measure_rate(loaded: Any, config: TrainConfig, prompts: Sequence[Sequence[in
         prompts: token ids of real prompts, whose lengths and common beginnings decide the rate; a few suffice.
         answer_tokens: how long an answer is about.
     """
-    if config.method == "lora":
-        # More work than adapters are, but these would stay in the model.
-        config = config.model_copy(update={"method": "full"})
+    # More work than adapters or chosen matrices are; but adapters would stay in the model, and choosing takes a scan.
+    config = config.model_copy(update={"method": "full", "spectrum": None})
     sequences = list(_sequences(prompts, answer_tokens, config))
     was = [(p, p.requires_grad) for p in loaded.model.parameters()]
     stepper = Stepper(loaded.model, config.model_copy(update={"weight_decay": 0.0, "objective": ObjectiveConfig()}))

@@ -7,7 +7,6 @@ random state, where adapters have dropout). Equal inputs give equal bits on one 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import ConfigError, StillroomError
+from stillroom.errors import StillroomError
 from stillroom.models.distilling import distil
 from stillroom.models.losses import TokenLoss, cross_entropy
 from stillroom.models.packed import hidden_states
@@ -23,11 +22,10 @@ from stillroom.models.packing import TokenSequence, pack, split
 from stillroom.models.precision import pick_precision
 from stillroom.models.products import Products
 from stillroom.models.signals import TeacherSignal, TeacherSource
-from stillroom.training.config import LoraSettings, TrainConfig
-from stillroom.training.objective import blend_of
-
-ALIGNMENT_BYTES = 64
-"""Weights are moved to such addresses if need be: the last bit of a matrix product in MKL depends on alignment."""
+from stillroom.models.spectrum import MatrixScore
+from stillroom.training.config import TrainConfig
+from stillroom.training.objective import blend_of, check_teacher
+from stillroom.training.selection import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,22 @@ class Stepper:
         model: a Transformers causal language model; frozen and adapted here as `config` says.
         config: what is trained, and what is minimised.
         teacher: what the teacher says about a packed row, where `config.objective` compares with it.
+        scores: of the model's matrices, where `config.spectrum` chooses by them.
 
     Raises:
-        ConfigError: the objective needs a teacher and there is none, or the other way round.
+        ConfigError: the objective needs a teacher and there is none, or the other way round; or the student samples
+            answers that the teacher cannot judge.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, teacher: TeacherSource | None = None) -> None:
-        _check_teacher(config, teacher)
-        self.model = prepare(model, config)
+    def __init__(
+        self,
+        model: Any,
+        config: TrainConfig,
+        teacher: TeacherSource | None = None,
+        scores: Sequence[MatrixScore] = (),
+    ) -> None:
+        check_teacher(config, teacher)
+        self.model = prepare(model, config, scores)
         self.config = config
         self.device = next(self.model.parameters()).device
         self.precision = pick_precision(config.precision, self.device.type)
@@ -136,51 +142,6 @@ class Stepper:
         if norm > self.config.clip_norm:
             torch._foreach_mul_(gradients, self.config.clip_norm / norm)
         return norm
-
-
-def _check_teacher(config: TrainConfig, teacher: TeacherSource | None) -> None:
-    kind, needed = config.objective.kind, config.objective.needs_teacher
-    if needed and teacher is None:
-        raise ConfigError(
-            f"training.objective.kind={kind} compares with a teacher's distribution, and there is no teacher signal.\n"
-            "help: give a teacher in memory or a cache of its log-probabilities, or set objective.kind=sequence."
-        )
-    if teacher is not None and not needed:
-        raise ConfigError(
-            f"there is a teacher signal, and training.objective.kind={kind} does not look at it.\n"
-            "help: set objective.kind to one that does, such as forward_kl, or leave the teacher out."
-        )
-
-
-def prepare(model: Any, config: TrainConfig) -> Any:
-    """Freeze what stays, put adapters in where asked; what is trained requires a gradient, nothing else does."""
-    for parameter in model.parameters():
-        if parameter.data_ptr() % ALIGNMENT_BYTES:
-            parameter.data = parameter.data.clone()
-    if config.method == "lora":
-        return _adapt(model, config.lora)
-    model.requires_grad_(True)
-    if config.freeze_layers:
-        decoder = model.get_decoder()
-        for frozen in (decoder.embed_tokens, *decoder.layers[: config.freeze_layers]):
-            frozen.requires_grad_(False)
-    return model
-
-
-def _adapt(model: Any, settings: LoraSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        # peft 0.21 asks Transformers 5 for an attribute by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapters = LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=list(settings.targets),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, adapters)
 
 
 def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

@@ -16,7 +16,8 @@ from stillroom.models.precision import Precision
 from stillroom.models.products import Products
 from stillroom.models.signals import Listed, Projected, TopK
 from stillroom.schema import Example, Message, Target, ToolCall, ToolSpec
-from stillroom.training import ObjectiveConfig, TrainConfig, measure_rate, train
+from stillroom.teacher import CachedTeacher, LiveTeacher, SignalCache
+from stillroom.training import ObjectiveConfig, OnPolicyConfig, TrainConfig, measure_rate, train
 from stillroom.training.sequences import tokenize
 from stillroom.training.step import Stepper
 
@@ -60,6 +61,7 @@ class Cached:
     """The same teacher's whole distribution, computed for each sequence alone and gathered for a packed row."""
 
     digest = "cached"
+    model = None
 
     def __init__(self, teacher: Teacher, sequences: list[TokenSequence]) -> None:
         self.logprobs_of = {}
@@ -141,6 +143,17 @@ def test_an_objective_and_its_teacher_come_together(tiny_student):
         Stepper(loaded.model, QUICK, Teacher(loaded))
 
 
+def test_samples_are_not_judged_from_a_cache(tiny_student, tmp_path):
+    loaded = open_student(tiny_student)
+    teacher = LiveTeacher(loaded)
+    config = QUICK.model_copy(update={"objective": FORWARD, "on_policy": OnPolicyConfig()})
+    with SignalCache(tmp_path / "signals", teacher.identity(8)) as cache:
+        for source in (CachedTeacher(cache), CachedTeacher(cache, teacher)):
+            with pytest.raises(ConfigError, match=r"training\.on_policy.*CachedTeacher"):
+                train(loaded, examples(), config, tmp_path / "train", teacher=source)
+    assert not (tmp_path / "train").exists()
+
+
 def test_the_rate_can_be_measured_before_there_is_a_teacher(tiny_student):
     config = QUICK.model_copy(update={"objective": FORWARD})
     assert measure_rate(open_student(tiny_student), config, [range(5, 40)], answer_tokens=4) > 0
@@ -160,6 +173,11 @@ def test_the_rate_can_be_measured_before_there_is_a_teacher(tiny_student):
 def test_settings_that_do_not_go_together_are_refused(settings, said):
     with pytest.raises(ValidationError, match=said):
         ObjectiveConfig(**settings)
+
+
+def test_a_student_that_samples_needs_a_judge():
+    with pytest.raises(ValidationError, match=r"on_policy and objective.kind=sequence"):
+        TrainConfig(on_policy=OnPolicyConfig())
 
 
 def test_smoothed_labels_and_a_teacher_are_refused_together():
