@@ -59,9 +59,10 @@ def write_answers(
     positions = max(len(job.prompt) + job.max_tokens for job in jobs)
     if all(is_llama_like(each, positions) for each in (model, *([partner.model] if partner else []))):
         rows = max(1, min(max_batch, len(jobs), batch_tokens // positions))
-        decoder: LlamaDecoder | MixedDecoder = LlamaDecoder(model, rows, positions)
+        first = LlamaDecoder(model, rows, positions)
+        decoder: LlamaDecoder | MixedDecoder = first
         if partner:
-            decoder = MixedDecoder(decoder, LlamaDecoder(partner.model, rows, positions), partner.share)
+            decoder = MixedDecoder(first, LlamaDecoder(partner.model, rows, positions), partner.share)
         write_stream(decoder, jobs, end_ids, finished, rows)
         return
     lengths = [len(job.prompt) + job.max_tokens for job in jobs]

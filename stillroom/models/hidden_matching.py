@@ -34,9 +34,10 @@ class Projector(nn.Module):
 
     def __init__(self, layers: int, student_width: int, teacher_width: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(student_width, teacher_width, bias=False) for _ in range(layers))
-        for linear in self.maps:
+        maps = [nn.Linear(student_width, teacher_width, bias=False) for _ in range(layers)]
+        for linear in maps:
             nn.init.eye_(linear.weight)
+        self.maps = nn.ModuleList(maps)
 
 
 def match_hidden(

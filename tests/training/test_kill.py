@@ -22,6 +22,7 @@ from stillroom.models import load
 from stillroom.schema import Example, Message, Target
 from stillroom.teacher import LiveTeacher
 from stillroom.training import TrainConfig, train
+from tests.training.test_objective import another
 
 student, work, settings = sys.argv[1:]
 loaded = load(student, chat_template="chatml-tools")
@@ -30,9 +31,7 @@ data = [Example(f"e{i}", (Message("user", f"question {i}"),), (), answer(i)) for
 settings, teacher = json.loads(settings), None
 if "objective" in settings:
     other = load(student, chat_template="chatml-tools")
-    torch.manual_seed(1)
-    for parameter in other.model.requires_grad_(False).parameters():
-        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    other.model = another(other.model)
     teacher = LiveTeacher(other)
 config = TrainConfig(epochs=6, tokens_per_step=300, learning_rate=5e-3, save_every_steps=2, **settings)
 print("ready", flush=True)

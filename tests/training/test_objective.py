@@ -38,17 +38,22 @@ def examples(count: int = 12) -> list[Example]:
     return [example(index) for index in range(count)]
 
 
+def another(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, frozen, with other weights: larger ones, since a student begins near the uniform distribution."""
+    torch.manual_seed(1)
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.2)
+    return model
+
+
 class Teacher:
     """The student's own architecture with other weights; dense."""
 
     digest = "another student"
 
     def __init__(self, loaded) -> None:
-        self.model = copy.deepcopy(loaded.model).requires_grad_(False)
-        with torch.no_grad():
-            torch.manual_seed(1)
-            for parameter in self.model.parameters():
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+        self.model = another(copy.deepcopy(loaded.model))
         self.products = Products(Precision("fp32", True, "test"))
 
     def signal(self, packed: Packed, sequences) -> Projected:

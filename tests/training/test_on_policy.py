@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stillroom.training.on_policy import OnPolicy
 from stillroom.training.sequences import steps_of_epoch, tokenize
 from stillroom.training.step import Stepper
 from tests.models.test_packed import VOCABULARY, tiny
+from tests.training.test_objective import another
 from tests.training.test_train import QUICK, Killed, assert_identical, examples, open_student, weights
 
 PROMPT = (5, 9, 2, 7)
@@ -136,10 +138,12 @@ def test_kept_samples_are_the_newest_and_are_used_again():
 def judge(path) -> LiveTeacher:
     """A teacher in memory: the student's architecture with other weights."""
     loaded = open_student(path)
-    torch.manual_seed(1)
-    for parameter in loaded.model.requires_grad_(False).parameters():
-        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    loaded.model = another(loaded.model)
     return LiveTeacher(loaded, precision="fp32")
+
+
+def lines_of(work: Path) -> list[dict]:
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_teacher_judges_what_was_sampled_and_a_step_is_normalised_by_it(tiny_student, tmp_path):
@@ -157,7 +161,7 @@ def test_the_teacher_judges_what_was_sampled_and_a_step_is_normalised_by_it(tiny
             q, p = (torch.log_softmax(m(ids).logits[0, scored].double(), -1) for m in (loaded.model, teacher.model))
         total += float((p.exp() * (p - q)).sum())
     result = train(loaded, examples(), config, tmp_path, teacher=teacher)
-    lines = [json.loads(row) for row in (tmp_path / "metrics.jsonl").open()]
+    lines = lines_of(tmp_path)
     scored_tokens = sum(sequence.targets for sequence in batch)
     assert lines[0]["scored_tokens"] == scored_tokens != sum(sequence.targets for sequence in first)
     assert lines[0]["loss"] == pytest.approx(total / scored_tokens, rel=1e-5)
@@ -181,7 +185,7 @@ def test_interrupted_at_any_step_it_samples_on_to_the_same_bits(tiny_student, tm
     run = lambda loaded, folder: train(loaded, examples(), config, tmp_path / folder, seed=1, teacher=teacher)  # noqa: E731
     undisturbed = open_student(tiny_student)
     wanted = run(undisturbed, "undisturbed")
-    lines = [json.loads(row) for row in (tmp_path / "undisturbed" / "metrics.jsonl").open()]
+    lines = lines_of(tmp_path / "undisturbed")
     assert any(line["sampled"] for line in lines)
     assert any(line["replayed"] for line in lines)
 
