@@ -55,7 +55,7 @@ def check_teacher(config: TrainConfig, teacher: TeacherSource | None) -> None:
 
 def _weights(config: ObjectiveConfig) -> dict[str, float]:
     if config.kind == "mix":
-        return {**config.weights}
+        return {str(name): weight for name, weight in config.weights.items()}
     if config.kind == "symmetric":
         return {"forward_kl": 1 - config.reverse_share, "reverse_kl": config.reverse_share}
     return {config.kind: 1.0}

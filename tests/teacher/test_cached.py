@@ -74,7 +74,7 @@ class Student:
             p, q = (bucketed(one, ids) for one in (p, q))
         loss = reference_kl(name, p, q).sum()
         loss.backward()
-        return float(loss), torch.cat([hidden_SD.grad.flatten(), head_VD.grad.flatten()])
+        return float(loss.detach()), torch.cat([hidden_SD.grad.flatten(), head_VD.grad.flatten()])
 
 
 def bucketed(logprobs, ids):
