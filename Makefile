@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Compiling every module of every package at once takes longer than compiling those that are used, when they are.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test test-slow faults check format clean
 
 install: $(READY)
 
@@ -26,6 +26,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 7200
+
+faults: $(READY)
+	$(BIN)/python -m benchmarks.checkpoint.faults
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -5,8 +5,9 @@
     │   ├── .metadata              where each piece lies; this and the next are what PyTorch DCP reads and writes
     │   ├── __0_0.distcp           what rank 0 wrote: a row of `torch.save` archives
     │   ├── __0_0.checksums        CRC32 of every block of it, and the tree of the state
+    │   ├── __0_1.distcp, .checksums   the tensors that have not changed: linked from the checkpoint before, where so
     │   └── checkpoint.json        step, metrics, ranks
-    └── .step-00000500.*.tmp/      being written, or left by a crash: invisible to every reader
+    └── .step=d00000500.*.tmp/     being written, or left by a crash: invisible to every reader
 
 Promise: after a crash at any instruction a reader sees the old set of checkpoints or the new one, never a part,
 never a mixture. What is loaded is what was saved, bit for bit, or `CheckpointCorrupt` names the item that is not.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import queue
 import shutil
 import threading
@@ -39,7 +41,7 @@ from stillroom.checkpoint.reading import STEP_NAME, Snapshot, format_record, par
 from stillroom.checkpoint.retention import superfluous
 from stillroom.checkpoint.saves import CheckpointInfo, Save
 from stillroom.checkpoint.states import Contents, DescribedState
-from stillroom.checkpoint.writer import RECORD
+from stillroom.checkpoint.writer import RECORD, restore, temporary_name
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.telemetry import note
 
@@ -48,16 +50,13 @@ CHANGED = (
     "help: wait for `Save.staged()` before `optimizer.step()`; `Checkpointer.guard(optimizer)` does that."
 )
 
-FOLLOW_BYTES = 64 << 20
-"""Less is copied before the writer could begin to follow; its start would only get in the way."""
-
 
 @dataclass
 class _Job:
     save: Save
     number: int
     arena: Arena
-    contents: Contents
+    contents: Contents | None
     after: Any
     metrics: dict[str, float]
     name: str
@@ -96,7 +95,10 @@ class Checkpointer:
         self._saves: list[Save] = []
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
+        self._swept: set[tuple[Path, int | None]] = set()
+        if self._group.rank == 0:
+            restore(str(self.root))
         self._token, newest = self._group.broadcast("token", lambda: (uuid.uuid4().hex[:8], self._choose(None)))
         self._newest = None if newest is None else self._path(newest)
         self._preparing: threading.Thread | None = None
@@ -134,27 +136,12 @@ class Checkpointer:
         save._mark("planned")
         assert self._plan is not None
         arena = self._plan.free.get()
-        arena.begin()
         save._mark("waited")
-        name = f".{path.name}.{self._token}-{number}.tmp"
+        name = temporary_name(path.name, self._token, number)
         job = _Job(save, number, arena, contents, pinned.mark(contents.parts), dict(metrics or {}), name)
         self._saves = [other for other in self._saves if not (other.done() and (other.seen or not other._error))]
         self._saves.append(save)
-        at_once = self.config.stage == "at once"
-        follow = not at_once or arena.size_bytes >= FOLLOW_BYTES
-        if follow:
-            self._jobs.put(job)
-        try:
-            if at_once:
-                self._stage(job)
-        except BaseException:
-            job.failure = "staging was interrupted"
-            arena.give_up()
-            save._staged.set()
-            raise
-        finally:
-            if not follow:
-                self._jobs.put(job)
+        self._begin(job)
         save._mark("blocked")
         return save
 
@@ -170,7 +157,7 @@ class Checkpointer:
 
         Tensors are copied into the tensors of `into`, everything else is replaced; what `into` lacks is added,
         what the checkpoint lacks stays as it is and is listed in `absent`. Everything is checked before anything
-        is copied.
+        is copied. It waits for the saves under way, which could remove what is being read.
 
         Args:
             into: a state as `save` took it.
@@ -184,11 +171,13 @@ class Checkpointer:
                 rank could not load. Nothing was copied.
         """
         self._ready()
+        for save in self._saves:
+            save._done.wait()
         number = self._next_number()
         chosen = self._group.broadcast(f"{number}/load", lambda: self._choose(step))
         if chosen is None:
             return None
-        load = self._load_together(number, lambda: Load(Snapshot(self._path(chosen)), into, keys, trust))
+        load = self._load_together(number, lambda: self._read(chosen, into, keys, trust))
         for arena in self._plan.arenas if self._plan else ():
             arena.forget_settled()
         return self._info(chosen, load.absent)
@@ -249,8 +238,8 @@ class Checkpointer:
         Raises:
             CheckpointError: a save failed and nobody asked for its result.
         """
-        if self._closed:
-            return
+        if self._closed or os.getpid() != self._process:
+            return  # a fork of the trainer has no part in its saves
         self._closed = True
         self._ready()
         atexit.unregister(self.close)
@@ -280,18 +269,28 @@ class Checkpointer:
     def _start(self) -> None:
         if self._daemon is not None:
             return
-        self._daemon = Daemon()
+        self._daemon = Daemon(self.config.timeout_s)
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        if self._group.rank == 0:
-            with contextlib.suppress(CheckpointError):
-                self._daemon.ask({"op": "sweep", "root": str(self.root)})
 
     def _next_number(self) -> int:
         """What this call is called between the ranks, which count alike."""
         number, self._numbers = self._numbers, self._numbers + 1
         return number
+
+    def _read(self, step: int, into: MutableMapping[Any, Any], keys: Collection[str] | None, trust: bool) -> Load:
+        path = self._path(step)
+        before = _identity(path)
+        try:
+            return Load(Snapshot(path), into, keys, trust)
+        except CheckpointCorrupt as error:
+            if _identity(path) == before:
+                raise
+            raise CheckpointError(
+                f"step {step} in {self.root} was removed or replaced by another process while it was read.\n"
+                "help: load again."
+            ) from error
 
     def _load_together(self, number: int, read: Callable[[], Load]) -> Load:
         """Read and check on every rank, and copy only where all could."""
@@ -325,7 +324,12 @@ class Checkpointer:
                 described = DescribedState(state)
         except CheckpointError as error:
             failure = str(error)
-        if self._group.agree(f"{step}/plan", contents is None, failure):
+        try:
+            changed = self._group.agree(f"{step}/plan", contents is None, failure)
+        except CheckpointError:
+            self._swept.clear()  # a rank that is late goes on, and leaves what it wrote
+            raise
+        if changed:
             return self._prepare(described or DescribedState(state), state, step)
         assert contents is not None
         return contents
@@ -341,14 +345,30 @@ class Checkpointer:
         )
         return contents
 
+    def _begin(self, job: _Job) -> None:
+        """Copy the state, unless that happens behind training, and hand the job over."""
+        try:
+            if self.config.stage == "at once":
+                self._stage(job)
+        except BaseException:
+            job.failure = "staging was interrupted"
+            job.save._staged.set()
+            raise
+        finally:
+            self._jobs.put(job)
+
     def _stage(self, job: _Job) -> None:
         """Copy the state; what goes wrong is for the vote, so that every rank hears of it."""
+        contents = job.contents
+        assert contents is not None
         try:
-            job.arena.stage(job.contents.parts, self._settled.are_declared, job.after)
-            if job.contents.changed():
+            job.arena.stage(contents.parts, self._settled.are_declared, job.after)
+            if contents.changed():
                 job.failure = CHANGED
         except Exception as error:
             job.failure = f"staging failed: {type(error).__name__}: {error}"
+        if self.config.stage == "at once":
+            job.contents = None  # nothing may be kept alive for longer than it is needed
         job.save._mark("staged")
         job.save._staged.set()
 
@@ -359,12 +379,7 @@ class Checkpointer:
                 info = self._commit(job)
             except Exception as error:
                 failed = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
-                with contextlib.suppress(CheckpointError):
-                    assert self._daemon is not None
-                    self._daemon.ask(
-                        {"op": "drop", "folder": str(self._path(job.save.step).parent / job.name)},
-                        self.config.timeout_s,
-                    )
+                self._drop(job)
                 note(f"step {job.save.step} was not saved: {failed}")
                 self._give_back(job)
                 job.save._finish(None, failed)
@@ -374,18 +389,38 @@ class Checkpointer:
 
     def _give_back(self, job: _Job) -> None:
         assert self._plan is not None
+        job.contents = None
         self._plan.free.put(job.arena)
+
+    def _drop(self, job: _Job) -> None:
+        """Give the folder up; on rank 0, which alone knows that nobody commits it any more, remove it."""
+        self._swept.clear()
+        folder = str(self._path(job.save.step).parent / job.name) if self._group.rank == 0 else ""
+        with contextlib.suppress(CheckpointError):
+            assert self._daemon is not None
+            self._daemon.ask({"op": "drop", "folder": folder})
+
+    def _sweep(self, parent: Path, keep: str) -> None:
+        """On rank 0, once for each writer process: remove what crashes left, the writer's own among them."""
+        assert self._daemon is not None
+        if self._group.rank == 0 and (parent, self._daemon.pid) not in self._swept:
+            with contextlib.suppress(CheckpointError):
+                self._daemon.ask({"op": "sweep", "root": str(parent), "keep": keep})
+                self._swept.add((parent, self._daemon.pid))
 
     def _commit(self, job: _Job) -> CheckpointInfo:
         """Write, vote, commit."""
         assert self._daemon is not None
         final = self._path(job.save.step)
         folder = final.parent / job.name
+        self._sweep(final.parent, job.name)
         if self.config.stage == "behind":
             self._stage(job)
         failure = job.failure or self._written(job, folder)
         # A tensor's version is raised when an operation ends, so one that overlapped the copy shows only now.
-        if self.config.stage == "behind" and not job.save._released and job.contents.changed():
+        # Asked in this order: whoever was told that it is staged may have changed it since.
+        contents = job.contents
+        if contents is not None and contents.changed() and not job.save._released:
             failure = failure or CHANGED
         job.save._mark("written")
         self._group.agree(f"{job.number}/written", failure=failure)
@@ -398,14 +433,11 @@ class Checkpointer:
         assert self._daemon is not None
         request = job.arena.write_request(str(folder), self._linked_from())
         try:
-            reply = self._daemon.ask(request, self.config.timeout_s)
+            reply = self._daemon.ask(request)
         except CheckpointError as error:
-            failure = f"step {job.save.step} could not be written to {folder.parent}: {error}"
-        else:
-            failure = ""
-            self._settled.learn(job.arena.layout, reply["unchanged"], reply["changed"])
-        job.save._staged.wait()  # the copy has ended, its outcome may still be on the way
-        return job.failure or failure
+            return f"step {job.save.step} could not be written to {folder.parent}: {error}"
+        self._settled.learn(job.arena.layout, reply["unchanged"], reply["changed"])
+        return ""
 
     def _linked_from(self) -> str:
         return str(self._newest) if self._newest and self.config.link_unchanged else ""
@@ -419,10 +451,11 @@ class Checkpointer:
         }  # fmt: skip
         files = {RECORD: format_record(record)}
         request = job.arena.commit_request(str(folder), str(final), token, files, self._linked_from())
-        self._daemon.ask(request, self.config.timeout_s)
-        doomed = superfluous({step: self._metrics(step) for step in self.steps()}, self.config)
-        if doomed:
-            with contextlib.suppress(CheckpointError):
+        self._daemon.ask(request)
+        # It is committed; what cannot be removed now is removed after the next save.
+        with contextlib.suppress(CheckpointError, OSError):
+            doomed = superfluous({step: self._metrics(step) for step in self.steps()}, self.config)
+            if doomed:
                 self._daemon.ask({"op": "remove", "paths": [str(self._path(step)) for step in doomed]})
         return True
 
@@ -452,3 +485,10 @@ class Checkpointer:
             size = sum(file.stat().st_size for file in path.iterdir())
             return CheckpointInfo(step, path, size, self._metrics(step), absent)
         return CheckpointInfo(step, path, 0, {}, absent)
+
+
+def _identity(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None

@@ -12,13 +12,16 @@ import sys
 import threading
 import zlib
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from stillroom.checkpoint import writer as program
 from stillroom.checkpoint.arena import Arena
+from stillroom.checkpoint.disk import crc32
 from stillroom.errors import CheckpointError
 from stillroom.telemetry import note
 
+PACKAGES = str(Path(__file__).parents[2])
 TRIES = 3
 """How often a request is made before a writer that keeps dying is an error."""
 
@@ -28,9 +31,14 @@ class WriterDied(Exception):
 
 
 class Daemon:
-    """A writer process for one `Checkpointer`. Requests may be repeated safely: each has the same effect twice."""
+    """A writer process for one `Checkpointer`. Requests may be repeated safely: each has the same effect twice.
 
-    def __init__(self) -> None:
+    Args:
+        timeout_s: how long a request may take.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._arenas: dict[int, Arena] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,10 +49,15 @@ class Daemon:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        """Of the writer that is running; None where none is."""
+        return self._process.pid if self._process and self._process.poll() is None else None
 
     def share(self, arena: Arena) -> None:
-        """Let the writer map an arena, now and whenever it is started again."""
+        """Let the writer map an arena, now and whenever it is started again.
+
+        Raises:
+            CheckpointError: it could not, or did not reply in time.
+        """
         with self._lock:
             self._arenas[arena.id] = arena
             with contextlib.suppress(WriterDied):
@@ -54,10 +67,10 @@ class Daemon:
         """Let go of an arena, so that its memory can be freed."""
         with self._lock:
             del self._arenas[arena.id]
-            with contextlib.suppress(WriterDied):
+            with contextlib.suppress(WriterDied, CheckpointError):
                 self._exchange({"op": "arena", "id": arena.id, "bytes": 0}, arena.descriptor)
 
-    def ask(self, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Make a request; what the writer replied.
 
         Raises:
@@ -68,7 +81,7 @@ class Daemon:
                 try:
                     if self._process is None or self._process.poll() is not None or attempt:
                         self._restart()
-                    reply = self._exchange(request, timeout_s=timeout_s)
+                    reply = self._exchange(request)
                     break
                 except WriterDied:
                     continue
@@ -78,9 +91,7 @@ class Daemon:
                     f"{request.get('final') or request.get('folder') or ''}.\nhelp: look for the kernel's reasons "
                     "(`dmesg`, memory limits of the container); the checkpoints before are intact."
                 )
-        if "error" in reply:
-            raise CheckpointError(f"{reply['error']}\nhelp: {_advice(reply.get('errno'))}")
-        return reply
+        return _checked(reply)
 
     def close(self) -> None:
         """End the writer."""
@@ -91,8 +102,10 @@ class Daemon:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
+            found = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
                 [sys.executable, "-P", program.__file__, str(theirs.fileno())],
+                env=os.environ | {"PYTHONPATH": found},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -122,16 +135,15 @@ class Daemon:
         self._connection = self._process = None
 
     def _send_arena(self, arena: Arena) -> None:
-        self._exchange({"op": "arena", "id": arena.id, "bytes": arena.size_bytes}, arena.descriptor)
+        request = {"op": "arena", "id": arena.id, "bytes": arena.size_bytes}
+        _checked(self._exchange(request, arena.descriptor))
 
-    def _exchange(
-        self, request: dict[str, Any], descriptor: int | None = None, timeout_s: float | None = None
-    ) -> dict[str, Any]:
+    def _exchange(self, request: dict[str, Any], descriptor: int | None = None) -> dict[str, Any]:
         connection = self._connection
         if connection is None:
             raise WriterDied
         try:
-            connection.settimeout(timeout_s)
+            connection.settimeout(self._timeout_s)
             message = json.dumps(request).encode() + b"\n"
             if descriptor is not None:
                 socket.send_fds(connection, [message], [descriptor])
@@ -145,7 +157,7 @@ class Daemon:
         except TimeoutError:
             self._stop(at_once=True)
             raise CheckpointError(
-                f"the checkpoint writer did not finish `{request['op']}` within {timeout_s:g} s.\n"
+                f"the checkpoint writer did not finish `{request['op']}` within {self._timeout_s:g} s.\n"
                 "help: the disk may hang; raise `timeout_s` of CheckpointConfig if it is only slow."
             ) from None
         except OSError as error:
@@ -157,8 +169,14 @@ class Daemon:
 
 @lru_cache(maxsize=1)
 def _announce_slow_checksums() -> None:
-    if program.crc32 is zlib.crc32:
+    if crc32 is zlib.crc32:
         note("checksums of checkpoints are made by zlib, which takes several times the CPU of ISA-L: pip install isal")
+
+
+def _checked(reply: dict[str, Any]) -> dict[str, Any]:
+    if "error" in reply:
+        raise CheckpointError(f"{reply['error']}\nhelp: {_advice(reply.get('errno'))}")
+    return reply
 
 
 def _advice(number: int | None) -> str:

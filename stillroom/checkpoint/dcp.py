@@ -2,10 +2,11 @@
 
     import stillroom.checkpoint.dcp as dcp
 
-Each argument is honoured or refused. Storage writers and readers, planners and `use_collectives=False` are refused:
-they would replace what this engine is. An `async_stager` is not called, since staging is the arena's; giving one only
-asks for an `AsyncSaveResponse`, as it does in DCP. `async_checkpointer_type` makes no difference: the writer is always
-a process of its own.
+Each argument is honoured or refused. A call that brings a storage writer or reader of its own, such as one for Hugging
+Face's safetensors, is handed on to torch's DCP, whose promises are then what counts. Planners and
+`use_collectives=False` are refused: they would replace what this engine is. An `async_stager` is not called, since
+staging is the arena's; giving one only asks for an `AsyncSaveResponse`, as it does in DCP. `async_checkpointer_type`
+makes no difference: the writer is always a process of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from stillroom.checkpoint.group import Solo
 from stillroom.checkpoint.loading import Load
 from stillroom.checkpoint.reading import Snapshot
 from stillroom.checkpoint.saves import Save
+from stillroom.checkpoint.writer import restore
 from stillroom.errors import CheckpointError
 
 EVERY = 1 << 60
@@ -46,7 +48,17 @@ def save(
     Raises:
         CheckpointError: it was not saved, on any rank; or an argument is refused.
     """
-    _refuse(use_collectives, storage_writer=storage_writer, planner=planner)
+    if storage_writer is not None:
+        return _stock().save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+    _refuse(planner, use_collectives)
     _begin(state_dict, checkpoint_id, process_group, no_dist).result()
     return Snapshot(checkpoint_id).metadata
 
@@ -68,7 +80,22 @@ def async_save(
     Returns:
         A `Future` that ends when the checkpoint is committed; with a stager an `AsyncSaveResponse` of two.
     """
-    _refuse(use_collectives, storage_writer=storage_writer, planner=planner)
+    if storage_writer is not None:
+        kind: dict[str, Any] = (
+            {} if async_checkpointer_type is None else {"async_checkpointer_type": async_checkpointer_type}
+        )
+        return _stock().async_save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            async_stager=async_stager,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+            **kind,
+        )
+    _refuse(planner, use_collectives)
     begun = _begin(state_dict, checkpoint_id, process_group, no_dist)
     done: Future[None] = Future()
     begun.add_done_callback(lambda save: _settle(save, done))
@@ -100,8 +127,19 @@ def load(
         CheckpointError: a key is not in the checkpoint, or does not fit. Nothing was changed.
         CheckpointCorrupt: something does not match its checksum. Nothing was changed.
     """
-    _refuse(storage_reader=storage_reader, planner=planner)
+    if storage_reader is not None:
+        _stock().load(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_reader=storage_reader,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+        )
+        return
+    _refuse(planner)
     plain = _plain(state_dict)
+    restore(str(_path(checkpoint_id).parent))
     _engine(process_group, no_dist).load_from(lambda: _whole(_path(checkpoint_id), plain, trust))
     for key, member in state_dict.items():
         if _is_stateful(member):
@@ -184,9 +222,14 @@ def _path(checkpoint_id: Any) -> Path:
     return Path(checkpoint_id).absolute()
 
 
-def _refuse(use_collectives: bool = True, **arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise CheckpointError(f"{name} is not supported here.\nhelp: leave it out, or call torch's own DCP.")
+def _refuse(planner: Any, use_collectives: bool = True) -> None:
+    if planner is not None:
+        raise CheckpointError("planner is not supported here.\nhelp: leave it out, or call torch's own DCP.")
     if not use_collectives:
         raise CheckpointError("use_collectives=False is not supported here.\nhelp: call torch's own DCP.")
+
+
+def _stock() -> Any:
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint

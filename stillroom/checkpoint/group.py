@@ -112,7 +112,7 @@ class StoreGroup(Solo):
         if self.rank == 0:
             try:
                 result = what()
-            except CheckpointError as error:
+            except Exception as error:
                 self._set(key, json.dumps({"failure": str(error)}).encode())
                 raise
             self._set(key, json.dumps({"result": result}).encode())

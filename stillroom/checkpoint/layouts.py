@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stillroom.checkpoint.disk import BLOCK_BYTES
 from stillroom.checkpoint.framing import ALIGNMENT, tensor_frame
 from stillroom.checkpoint.trees import Shape
-from stillroom.checkpoint.writer import BLOCK_BYTES
 from stillroom.errors import CheckpointError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

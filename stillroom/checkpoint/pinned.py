@@ -6,7 +6,7 @@ Source: CUDA Runtime API, `cudaHostRegister`; PyTorch's notes on pinned memory a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,50 +18,23 @@ _PINNED: dict[int, bool] = {}
 """By address, whether the driver took the memory."""
 
 
-class Copies:
-    """Copies on the CPU: done when they return."""
-
-    are_queued = False
-
-    def then(self, call: Callable[[], None]) -> None:
-        """Call when the copies so far are done."""
-        call()
-
-
-class _QueuedCopies(Copies):
-    are_queued = True
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._calls: list[tuple[Any, Callable[[], None]]] = []
-
-    def then(self, call: Callable[[], None]) -> None:
-        self._calls.append((self._stream.record_event(), call))
-
-    def finish(self) -> None:
-        for event, call in self._calls:
-            event.synchronize()
-            call()
-
-
 @contextlib.contextmanager
-def copying(memory: Tensor, parts: list[Any], after: Any) -> Iterator[Copies]:
-    """Copy `parts` into `memory` within; at the end all copies are done.
+def copying(memory: Tensor, parts: list[Any], after: Any) -> Iterator[bool]:
+    """Copy `parts` into `memory` within; at the end all copies are done. Yields whether they are only queued.
 
     Args:
         after: what `mark` returned when the state was as it should be saved.
     """
     device = _device(parts)
     if device is None:
-        yield Copies()
+        yield False
         return
     _pin(memory)
     stream: Any = torch.cuda.Stream(device)
     stream.wait_event(after or mark(parts))
-    copies = _QueuedCopies(stream)
     with torch.cuda.stream(stream):
-        yield copies
-    copies.finish()
+        yield True
+    stream.synchronize()
 
 
 def mark(parts: list[Any]) -> Any:

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from stillroom.checkpoint import trees
+from stillroom.checkpoint.disk import BLOCK_BYTES, SIDECAR_MAGIC, crc32
 from stillroom.checkpoint.framing import tensor_frame
 from stillroom.checkpoint.layouts import CHANGING, SETTLED, Box, sidecar_name
 from stillroom.checkpoint.unpickling import load_metadata, load_value
-from stillroom.checkpoint.writer import BLOCK_BYTES, RECORD, SIDECAR_MAGIC, crc32
+from stillroom.checkpoint.writer import RECORD
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 
 METADATA = ".metadata"

@@ -1,14 +1,16 @@
-"""Runs functions of this module on several ranks: `python -m tests.checkpoint.ranks WORLD ROOT FUNCTION...`.
+"""Runs functions of this folder on several ranks: `python -m tests.checkpoint.ranks ROOT WORLD MODULE FUNCTION...`.
 
-torch is imported once and the ranks are forked from there; they meet over gloo. `ROOT/FUNCTION.RANK.passed` says which
-function passed on which rank, `.failed` why it did not.
+torch is imported once and the ranks are forked from there, for each `WORLD MODULE FUNCTION,FUNCTION...` anew; they meet
+over gloo and a store that belongs to none of them, as under torchrun. `ROOT/FUNCTION.RANK.passed` says which function
+passed on which rank, `.failed` why it did not.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,11 +21,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as stock
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from stillroom.checkpoint import CheckpointConfig, Checkpointer
 from stillroom.checkpoint.reading import Snapshot
 from stillroom.errors import CheckpointCorrupt, CheckpointError
-from tests.checkpoint.states import assert_same, bits
+from tests.checkpoint.states import STOCK_DTYPES, any_tensor, assert_same, bits
 
 QUICK = CheckpointConfig(timeout_s=20.0)
 HASTY = CheckpointConfig(timeout_s=2.0)
@@ -110,6 +113,83 @@ def reshard(root: Path, rank: int, world: int) -> None:
             assert_whole(into, number)
 
 
+def any_wholes(draw: random.Random) -> dict[str, torch.Tensor]:
+    """Tensors of any dtype that stock DCP knows, of any bits, and shapes that do not divide by the ranks."""
+
+    def shape() -> tuple[int, ...]:
+        return tuple(draw.randrange(draw.random() > 0.1, 8) for _ in range(draw.randrange(4)))
+
+    return {
+        str(number): any_tensor(draw.choice(STOCK_DTYPES), shape(), draw.randrange(1000))
+        for number in range(draw.randrange(1, 6))
+    }
+
+
+def placed(wholes: dict[str, torch.Tensor], mesh: DeviceMesh, draw: random.Random) -> dict[str, torch.Tensor]:
+    """Each whole or as a DTensor, sharded or replicated along each dimension of the mesh."""
+    found: dict[str, torch.Tensor] = {}
+    for name, whole in wholes.items():
+        placements = [
+            Shard(draw.randrange(whole.ndim)) if whole.ndim and draw.random() < 0.7 else Replicate()
+            for _ in range(mesh.ndim)
+        ]
+        if draw.random() < 0.2:
+            found[name] = whole.clone()
+            continue
+        sizes, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+        local = whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
+        found[name] = DTensor.from_local(
+            local.contiguous(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    return found
+
+
+def reshard_any(root: Path, rank: int, world: int) -> None:
+    """What `reshard` shows for one state, for a family of them, with other placements at each load."""
+    made = meshes(world)
+    for seed in range(int(os.environ.get("STILLROOM_STATES", "3"))):
+        wholes = any_wholes(random.Random(seed))
+        for number, mesh in enumerate(made):
+            if mesh.get_coordinate() is not None:
+                state = {**placed(wholes, mesh, random.Random(seed + number)), "seed": seed}
+                with Checkpointer(root / f"ours-{number}", config=QUICK, process_group=group_of(mesh)) as checkpointer:
+                    checkpointer.save(seed, state).result()
+                path = root / f"stock-{number}" / f"step-{seed:08d}"
+                stock.save(state, checkpoint_id=path, process_group=group_of(mesh))
+            dist.barrier()
+        for number in range(len(made)):
+            for other, mesh in enumerate(made):
+                if mesh.get_coordinate() is not None:
+                    read_any(root, number, mesh, wholes, seed, random.Random(seed + 100 * number + other))
+                dist.barrier()
+
+
+def read_any(
+    root: Path, number: int, mesh: DeviceMesh, wholes: dict[str, torch.Tensor], seed: int, draw: random.Random
+) -> None:
+    """Ours by stock DCP, and both by ours, into one choice of placements."""
+    wanted = placed(wholes, mesh, draw)
+
+    def empty() -> dict:
+        return {**{name: torch.zeros_like(tensor) for name, tensor in wanted.items()}, "seed": -1}
+
+    def check(into: dict, who: str) -> None:
+        assert into["seed"] == seed
+        for name, tensor in wanted.items():
+            here, there = (each.to_local() if isinstance(each, DTensor) else each for each in (into[name], tensor))
+            assert bits(here) == bits(there), f"{who}, state {seed}, from mesh {number} to {mesh}, tensor {name}"
+
+    into = empty()
+    path = root / f"ours-{number}" / f"step-{seed:08d}"
+    stock.load(into, checkpoint_id=path, process_group=group_of(mesh))
+    check(into, "stock reads ours")
+    for kind in ("ours", "stock"):
+        into = empty()
+        with Checkpointer(root / f"{kind}-{number}", config=QUICK, process_group=group_of(mesh)) as checkpointer:
+            checkpointer.load(into, step=seed)
+        check(into, f"ours reads {kind}")
+
+
 def fsdp(root: Path, rank: int, world: int) -> None:
     """A model under FSDP2 and its optimizer: saved, trained on, loaded, and trained on again to the same bits."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -190,6 +270,28 @@ def refused(root: Path, rank: int, world: int) -> None:
         assert "'p' cannot be saved: a DTensor is partial" in failed(lambda: checkpointer.save(1, {"p": partial}))
         assert "'w' cannot be saved: a DTensor holds" in failed(lambda: checkpointer.save(1, {"w": wrong}))
         checkpointer.save(1, {"fine": torch.ones(3)}).result()
+
+
+def linked(root: Path, rank: int, world: int) -> None:
+    """Each rank links what stays the same on it: here all ranks but the last one have such a tensor."""
+    mesh = DeviceMesh("cpu", list(range(world)))
+    own = torch.zeros(300_000)
+    for resume in range(2):
+        with Checkpointer(root, config=QUICK.model_copy(update={"keep_latest": 100})) as checkpointer:
+            for step in range(1 + 6 * resume, 7 + 6 * resume):
+                if rank == world - 1:
+                    own.fill_(step)
+                state = sharded(step, mesh) | {f"own {rank}": own}
+                checkpointer.save(step, state).result()
+            for step in (1, 6 * resume + 1, 6 * resume + 6):
+                into = emptied(sharded(0, mesh)) | {f"own {rank}": torch.ones(300_000)}
+                checkpointer.load(into, step=step)
+                assert_whole(into, step)
+                assert into[f"own {rank}"].unique().tolist() == [step if rank == world - 1 else 0]
+            files = [checkpointer.path_of(step) / f"__{rank}_1.distcp" for step in checkpointer.steps()]
+            inodes = {file.stat().st_ino for file in files if file.exists()}
+            assert len(inodes) == (rank != world - 1)
+            assert checkpointer.verify(6 * resume + 6) == []
 
 
 def failures(root: Path, rank: int, world: int) -> None:
@@ -274,40 +376,37 @@ def failed(call) -> str:
     raise AssertionError("it did not fail")
 
 
-def _rank(functions: list[str], rank: int, world: int, root: Path, port: int) -> None:
+def _rank(module: str, functions: list[str], rank: int, world: int, root: Path, port: int) -> None:
     try:
         torch.set_num_threads(1)
-        store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+        store = dist.TCPStore("127.0.0.1", port, world, False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         for function in functions:
             (root / function).mkdir(exist_ok=True)
             dist.barrier()
             name = f"{function}.{rank}"
             try:
-                globals()[function](root / function, rank, world)
+                getattr(importlib.import_module(f"tests.checkpoint.{module}"), function)(root / function, rank, world)
             except BaseException:
                 (root / f"{name}.failed").write_text(traceback.format_exc())
                 break  # the others are no longer where this rank is
             (root / f"{name}.passed").touch()
-        if rank == 0:
-            time.sleep(1)  # the store is here, and the others may still ask it
     finally:
         os._exit(0)
 
 
-def main(world: int, root: Path, functions: list[str]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            _rank(functions, rank, world, root, port)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+def main(root: Path, launches: list[str]) -> None:
+    for world, module, functions in zip(launches[::3], launches[1::3], launches[2::3], strict=True):
+        store = dist.TCPStore("127.0.0.1", 0, int(world), True, wait_for_workers=False)
+        children = []
+        for rank in range(int(world)):
+            child = os.fork()
+            if child == 0:
+                _rank(module, functions.split(","), rank, int(world), root, store.port)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -78,12 +78,27 @@ def test_what_is_missing_or_refused_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="'other'"):
         ours.load(into, checkpoint_id=tmp_path / "x")
     assert into["w"].tolist() == [0, 0, 0]
-    for arguments in ({"planner": object()}, {"storage_writer": object()}, {"use_collectives": False}, {}):
+    for arguments in ({"planner": object()}, {"use_collectives": False}, {}):
         with pytest.raises(CheckpointError, match=r"not supported|checkpoint_id"):
             ours.save({"w": torch.ones(3)}, checkpoint_id=(tmp_path / "y") if arguments else None, **arguments)
     (tmp_path / "file").write_text("")
     failed = ours.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "file" / "x")
     assert "Not a directory" in str(failed.exception())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_storage_of_the_callers_own_is_torchs_affair(tmp_path):
+    """As where TorchTitan exports to Hugging Face's format at the end."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+    weights = {"w": torch.randn(3, 4), "b": torch.randn(5)}
+    ours.save(weights, storage_writer=HuggingFaceStorageWriter(path=str(tmp_path)))
+    [file] = tmp_path.glob("*.safetensors")
+    assert_same(load_file(file), weights)
+    into = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    ours.load(into, storage_reader=HuggingFaceStorageReader(path=str(tmp_path)))
+    assert_same(into, weights)
 
 
 def test_the_command_line_lists_verifies_and_exports(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -52,9 +53,7 @@ def ours(tmp_path_factory):
         yield checkpointer
 
 
-@given(state=states)
-@generated
-def test_stock_dcp_reads_ours(ours, state):
+def stock_reads_ours(ours, state):
     path = ours.save(1, state).result().path
     into = emptied(state)
     with warnings.catch_warnings():
@@ -63,21 +62,43 @@ def test_stock_dcp_reads_ours(ours, state):
     assert_same(into, state)
 
 
-@given(state=states)
-@generated
-def test_we_read_what_stock_dcp_wrote(tmp_path, state):
-    import shutil
-
-    path = tmp_path / "step-00000001"
+def we_read_stock(root, state):
+    path = root / "step-00000001"
     shutil.rmtree(path, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stock.save(state, checkpoint_id=path)
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(root) as checkpointer:
         into = emptied(state)
         checkpointer.load(into=into)
         assert_same(into, state)
         assert checkpointer.verify(1) == []
+
+
+@given(state=states)
+@generated
+def test_stock_dcp_reads_ours(ours, state):
+    stock_reads_ours(ours, state)
+
+
+@given(state=states)
+@generated
+def test_we_read_what_stock_dcp_wrote(tmp_path, state):
+    we_read_stock(tmp_path, state)
+
+
+@pytest.mark.slow
+@given(state=states)
+@settings(generated, max_examples=500)
+def test_stock_dcp_reads_many_of_ours(ours, state):
+    stock_reads_ours(ours, state)
+
+
+@pytest.mark.slow
+@given(state=states)
+@settings(generated, max_examples=500)
+def test_we_read_many_that_stock_dcp_wrote(tmp_path, state):
+    we_read_stock(tmp_path, state)
 
 
 def test_a_flipped_bit_in_a_checkpoint_of_stock_dcp_is_found(tmp_path):
