@@ -145,6 +145,24 @@ def evaluate(
 
 
 @app.command()
+def spectrum(
+    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file or a hub id.", metavar="MODEL")],
+    top: Annotated[float, typer.Option(help="Percent of the matrices of each kind to choose.", min=0.1, max=100)] = 25,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the scores and the picture.")] = Path("runs/spectrum"),
+) -> None:
+    """Rank a model's weight matrices by their signal-to-noise ratio: what `training.spectrum` would train.
+
+    Matrices are read one at a time, so the model may be larger than the memory. Scores are kept by the digest of the
+    weights, so another --top costs nothing.
+    """
+    from stillroom import models
+
+    found = models.write_spectrum(model, top, out)
+    print(found.pop("table"))
+    print(json.dumps(found))
+
+
+@app.command()
 def lineage(
     path: Annotated[Path, typer.Argument(help="Anything inside a run's folder, such as runs/x/student.")],
 ) -> None:

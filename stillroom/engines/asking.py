@@ -238,7 +238,7 @@ class _Run:
             try:
                 return await self.model.generate(request.messages, request.tools, request.params)
             except ModelUnavailable as error:
-                pause = self._pause(error, attempt)
+                pause = self.retry.pause_s(attempt, error.retry_after_s)
                 if attempt == self.retry.attempts or pause is None or self.stop is not None:
                     raise
                 if error.retry_after_s is not None:
@@ -251,13 +251,6 @@ class _Run:
     async def _wait_for_turn(self) -> None:
         while (wait := self.not_before - time.monotonic()) > 0:
             await asyncio.sleep(wait + random.uniform(0, min(0.1, wait)))  # not all at the same instant
-
-    def _pause(self, error: ModelUnavailable, attempt: int) -> float | None:
-        """Seconds until the next attempt; None when the server asks for more patience than we have."""
-        if error.retry_after_s is not None:
-            return error.retry_after_s if error.retry_after_s <= self.retry.max_retry_after_s else None
-        longest = min(self.retry.max_s, self.retry.base_s * 2 ** (attempt - 1))
-        return random.uniform(longest / 2, longest)
 
     def _fail(self, key: str, error: ModelError, held: tuple[int, float]) -> None:
         self.results[key] = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -145,6 +146,16 @@ class RetryConfig(BaseModel, frozen=True, extra="forbid"):
 
     give_up_after: int = Field(default=20, ge=1)
     """So many failed requests in a row, none answered between them, stop the run."""
+
+    def pause_s(self, attempt: int, asked_s: float | None) -> float | None:
+        """Seconds to wait after failed attempt `attempt` (from 1), given what the server asked for.
+
+        None when the server asks for more patience than `max_retry_after_s`.
+        """
+        if asked_s is not None:
+            return asked_s if asked_s <= self.max_retry_after_s else None
+        longest = min(self.max_s, self.base_s * 2 ** (attempt - 1))
+        return random.uniform(longest / 2, longest)
 
 
 class BudgetConfig(BaseModel, frozen=True, extra="forbid"):

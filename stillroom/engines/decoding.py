@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ ROOM = 64  # tokens for which the cache has room before it is copied to a larger
 PREFILL_TOKENS = 1024  # prompts read together: enough for full speed, few enough to stay in the processor's cache
 
 
+@dataclass(frozen=True, slots=True)
+class Partner:
+    """A second model with the same token ids: each next token is drawn from `share` of its distribution and the rest
+    of the first one's."""
+
+    model: Any
+    share: float
+
+
 def write_answers(
     model: Any,
     jobs: Sequence[Job],
@@ -35,6 +45,7 @@ def write_answers(
     *,
     max_batch: int,
     batch_tokens: int,
+    partner: Partner | None = None,
 ) -> None:
     """Write every job's answer; `finished` is called for each as soon as it is done.
 
@@ -43,20 +54,61 @@ def write_answers(
         jobs: with at least one token of prompt and of `max_tokens` each.
         end_ids: tokens that end an answer.
         max_batch: answers under way at once. batch_tokens: tokens of prompts and answers in memory at once.
+        partner: a model, in evaluation mode too, that is mixed in at every token.
     """
     positions = max(len(job.prompt) + job.max_tokens for job in jobs)
-    if is_llama_like(model, positions):
+    if all(is_llama_like(each, positions) for each in (model, *([partner.model] if partner else []))):
         rows = max(1, min(max_batch, len(jobs), batch_tokens // positions))
-        write_stream(LlamaDecoder(model, rows, positions), jobs, end_ids, finished, rows)
+        first = LlamaDecoder(model, rows, positions)
+        decoder: LlamaDecoder | MixedDecoder = first
+        if partner:
+            decoder = MixedDecoder(first, LlamaDecoder(partner.model, rows, positions), partner.share)
+        write_stream(decoder, jobs, end_ids, finished, rows)
         return
     lengths = [len(job.prompt) + job.max_tokens for job in jobs]
     for batch in plan_batches(lengths, max_batch, batch_tokens):
-        write_batch(model, [jobs[index] for index in batch], end_ids, finished)
+        write_batch(model, [jobs[index] for index in batch], end_ids, finished, partner)
+
+
+class MixedDecoder:
+    """Two decoders that read the same text, with the interface of one."""
+
+    def __init__(self, first: LlamaDecoder, second: LlamaDecoder, share: float) -> None:
+        self.first, self.second, self.weight = first, second, share
+
+    @property
+    def shared(self) -> int:
+        return self.first.shared
+
+    def share(self, beginning: list[int]) -> None:
+        self.first.share(beginning)
+        self.second.share(beginning)
+
+    def prefill(self, prompts: Sequence[list[int]]) -> Tensor:
+        return mix(self.first.prefill(prompts), self.second.prefill(prompts), self.weight)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return mix(self.first.step(tokens), self.second.step(tokens), self.weight)
+
+    def drop(self, row: int) -> None:
+        self.first.drop(row)
+        self.second.drop(row)
+
+
+def mix(first_BV: Tensor, second_BV: Tensor, share: float) -> Tensor:
+    """Log-probabilities of (1 - share) softmax(first) + share softmax(second), over the ids that both have."""
+    width = min(first_BV.shape[-1], second_BV.shape[-1])  # heads may be padded differently
+    first, second = (torch.softmax(part[:, :width].float(), -1) for part in (first_BV, second_BV))
+    return torch.lerp(first, second.to(first.device), share).log_()
 
 
 @torch.inference_mode()
 def write_stream(
-    decoder: LlamaDecoder, jobs: Sequence[Job], end_ids: frozenset[int], finished: Callable[[Job], None], rows: int
+    decoder: LlamaDecoder | MixedDecoder,
+    jobs: Sequence[Job],
+    end_ids: frozenset[int],
+    finished: Callable[[Job], None],
+    rows: int,
 ) -> None:
     """Keep up to `rows` answers under way until all are written; longest prompts first."""
     decoder.share(_common_beginning([job.prompt for job in jobs]))
@@ -101,20 +153,28 @@ def _common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 @torch.inference_mode()
-def write_batch(model: Any, jobs: Sequence[Job], end_ids: frozenset[int], finished: Callable[[Job], None]) -> None:
+def write_batch(
+    model: Any,
+    jobs: Sequence[Job],
+    end_ids: frozenset[int],
+    finished: Callable[[Job], None],
+    partner: Partner | None = None,
+) -> None:
     """Write the answers of one batch by the model's own code; `finished` is called for each as soon as it is done.
 
     Args:
         model: a Transformers causal language model in evaluation mode.
         jobs: with at least one token of prompt and of `max_tokens` each.
         end_ids: tokens that end an answer.
+        partner: a model that is mixed in.
     """
     device = model.device
     longest = max(len(job.prompt) for job in jobs)
     ids_BT, mask_BT = _left_padded([job.prompt for job in jobs], longest, device)
-    cache = _roomy_cache(model)
+    caches = [(each, _roomy_cache(each)) for each in (model, *([partner.model] if partner else []))]
+    share = partner.share if partner else 0.0
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp_(min=0)
-    logits_BV = _forward(model, ids_BT, mask_BT, positions_BT, cache)
+    logits_BV = _forward(caches, share, ids_BT, mask_BT, positions_BT)
     rows = list(range(len(jobs)))  # which job each row of the batch writes
     next_B = positions_BT[:, -1] + 1
     while True:
@@ -130,27 +190,35 @@ def write_batch(model: Any, jobs: Sequence[Job], end_ids: frozenset[int], finish
             return
         if len(going) <= KEEP_SHARE * len(rows) or len(going) == 1:
             keep_R = torch.tensor(going, device=device)
-            for layer in cache.layers:
-                layer.batch_select_indices(keep_R)
+            for _, cache in caches:
+                for layer in cache.layers:
+                    layer.batch_select_indices(keep_R)
             mask_BT, next_B = mask_BT[keep_R], next_B[keep_R]
             rows, tokens = [rows[index] for index in going], [tokens[index] for index in going]
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
         ids_B1 = torch.tensor(tokens, device=device)[:, None]
-        logits_BV = _forward(model, ids_B1, mask_BT, next_B[:, None], cache)
+        logits_BV = _forward(caches, share, ids_B1, mask_BT, next_B[:, None])
         next_B = next_B + 1
 
 
-def _forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
-    out = model(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        position_ids=positions_BT,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: Tensor = out.logits[:, -1].float()
-    return logits
+def _forward(
+    caches: Sequence[tuple[Any, Cache]], share: float, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor
+) -> Tensor:
+    """The logits after the last of `ids_BT`; of two models, mixed."""
+    logits = [
+        model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        .logits[:, -1]
+        .float()
+        for model, cache in caches
+    ]
+    return mix(logits[0], logits[1], share) if len(logits) > 1 else logits[0]
 
 
 def _left_padded(prompts: Sequence[list[int]], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ class Job:
 
     Attributes:
         prompt: token ids. max_tokens: how many may be written. temperature: 0 is greedy.
-        seed: of the answer's own generator. matcher: restricts the tokens, or None.
+        seed: of the answer's own generator. top_p: share of the likeliest tokens' mass that is drawn from, in (0, 1].
+        matcher: restricts the tokens, or None.
         stopped_by_text: says whether the tokens so far contain a stop string, or None.
         written: token ids so far, the ending one included. finish: `stop` or `length`, None while it is written.
     """
@@ -30,6 +31,7 @@ class Job:
     stopped_by_text: Callable[[list[int]], bool] | None = None
     written: list[int] = field(default_factory=list)
     finish: str | None = None
+    top_p: float = 1.0
     _draw: torch.Generator | None = None
 
     def take(self, token: int, end_ids: frozenset[int]) -> None:
@@ -59,9 +61,18 @@ def choose(logits_BV: Tensor, jobs: Sequence[Job]) -> list[int]:
     tokens: list[int] = logits_BV.argmax(-1).tolist()
     for index, job in enumerate(jobs):
         if job.temperature > 0 and job.finish is None:
-            chances_V = torch.softmax(logits_BV[index].float() / job.temperature, -1)
+            chances_V = _nucleus(torch.softmax(logits_BV[index].float() / job.temperature, -1), job.top_p)
             tokens[index] = int(torch.multinomial(chances_V, 1, generator=job.draw(chances_V.device)))
     return tokens
+
+
+def _nucleus(chances_V: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens that together reach `top_p`, the others at 0. Source: Holtzman et al., arXiv:1904.09751."""
+    if top_p >= 1:
+        return chances_V
+    ranked_V, order_V = chances_V.sort(descending=True, stable=True)
+    ranked_V[ranked_V.cumsum(-1) - ranked_V >= top_p] = 0  # what comes before a token reaches it already
+    return torch.zeros_like(chances_V).scatter_(0, order_V, ranked_V)
 
 
 def plan_batches(lengths: Sequence[int], max_batch: int, batch_tokens: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Any server that speaks OpenAI's chat completions: vLLM, llama.cpp, Ollama, OpenAI itself.
 
-    POST {url}/chat/completions
+    POST {url}/chat/completions      an answer
+    POST {url}/...                   `request`, for what else the server offers
 
 Nothing but the configured URL is contacted: redirects are not followed and proxy variables of the
 environment are honoured only as httpx does. The key is read from the environment, sent, and struck
@@ -57,7 +58,7 @@ class OpenAIModel(Engine):
             raise ModelError(
                 f"{config.url!r} is no http(s) URL.\nhelp: give the base URL, as http://localhost:8000/v1."
             )
-        self._url = f"{base}/chat/completions"
+        self._url = base
         self.tool_format = "native" if config.tool_format == "auto" else config.tool_format
         shown_as = {"native": "native", "python": PYTHON_PROMPT}[self.tool_format]
         constraint = [feature for feature in ("grammar", "strict_tools", "json_schema") if feature in config.supports]
@@ -79,11 +80,9 @@ class OpenAIModel(Engine):
             ModelError: it answered with something else than a chat completion.
         """
         names = SafeNames(tools)
-        body = self._body(messages, tools, params, names)
-        if self._loop is None:
-            self._loop = LoopThread(f"{self.name} client")
+        body = self.request_body(messages, tools, params, names)
         started = time.perf_counter()
-        response = await self._loop.run(self._post(body))
+        response = await self.request("chat/completions", body)
         latency_s = time.perf_counter() - started
         answer = read_answer(response, names)
         if "response_format" in body:
@@ -93,14 +92,20 @@ class OpenAIModel(Engine):
         written = answer.output_tokens if answer.output_tokens is not None else _guess(to_dict(answer.message))
         return self._completion(answer.message, answer.finish_reason, given, written, latency_s)
 
-    def close(self) -> None:
-        client, loop, self._client, self._loop = self._client, self._loop, None, None
-        if loop is not None:
-            loop.close(client.aclose() if client is not None else None)
+    async def request(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that the server answers to `body` at `path` below its base URL.
 
-    def _body(
+        Raises:
+            ModelRefused, ModelUnavailable, ModelError: as `generate`.
+        """
+        if self._loop is None:
+            self._loop = LoopThread(f"{self.name} client")
+        return await self._loop.run(self._post(path, body))
+
+    def request_body(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], params: GenerateParams, names: SafeNames
     ) -> dict[str, Any]:
+        """What `generate` posts: the conversation, how to answer, and tools under names that the API allows."""
         limit = "max_completion_tokens" if "max_completion_tokens" in self.config.supports else "max_tokens"
         body: dict[str, Any] = {
             "model": self.config.model,
@@ -117,6 +122,11 @@ class OpenAIModel(Engine):
         else:
             messages = with_python_tools(messages, tools)
         return {**body, "messages": write_messages(messages, names), **self.config.extra_body}
+
+    def close(self) -> None:
+        client, loop, self._client, self._loop = self._client, self._loop, None, None
+        if loop is not None:
+            loop.close(client.aclose() if client is not None else None)
 
     def _constrained(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], names: SafeNames
@@ -137,22 +147,23 @@ class OpenAIModel(Engine):
             "help: set `supports: [grammar]`, `[strict_tools]` or `[json_schema]` to what the server honours."
         )
 
-    async def _post(self, body: Mapping[str, Any]) -> Any:
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The response body as JSON; runs on the engine's own loop."""
+        url = f"{self._url}/{path}"
         if self._client is None:
             limits = httpx.Limits(max_connections=max(100, self.concurrency))
             self._client = httpx.AsyncClient(headers=self._headers, timeout=self.config.timeout_s, limits=limits)
         try:
             async with asyncio.timeout(self.config.timeout_s):  # httpx's own bounds each read, not the whole
                 data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-                async with self._client.stream("POST", self._url, content=data) as response:
+                async with self._client.stream("POST", url, content=data) as response:
                     text = await self._read(response)
         except TimeoutError as error:
             raise self._unavailable(f"gave no whole answer within {self.config.timeout_s:g} s") from error
         except httpx.DecodingError as error:
             raise ModelError(f"{self.name} at {self._url} sent a damaged body: {self._clean(str(error))}") from error
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL) as error:
-            raise ModelRefused(f"{self._url} cannot be requested: {self._clean(str(error))}.") from error
+            raise ModelRefused(f"{url} cannot be requested: {self._clean(str(error))}.") from error
         except httpx.TransportError as error:
             reason = self._clean(str(error)) or type(error).__name__
             raise self._unavailable(f"cannot be reached: {reason}") from error

@@ -76,7 +76,7 @@ class TransformersModel(Engine):
         }
         super().__init__(config, loaded.name, parts)
         self.digest = loaded.digest
-        self._end_ids = frozenset(_end_ids(loaded))
+        self._end_ids = end_ids(loaded)
         self._grammars: Any = None
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -205,9 +205,10 @@ def _dtype(wanted: str, device: str) -> Literal["float32", "bfloat16", "float16"
     return cast(Literal["float32", "bfloat16", "float16"], wanted)
 
 
-def _end_ids(loaded: Loaded) -> set[int]:
+def end_ids(loaded: Loaded) -> frozenset[int]:
+    """Tokens that end an answer: what the template ends a turn with, and what the model's own settings name."""
     from stillroom.models.prompts import end_of_turn_id
 
     stated = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
     listed = stated if isinstance(stated, list) else [stated]
-    return {end_of_turn_id(loaded.tokenizer), *(token for token in listed if token is not None)}
+    return frozenset({end_of_turn_id(loaded.tokenizer), *(token for token in listed if token is not None)})

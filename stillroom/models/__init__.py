@@ -2,7 +2,8 @@
 
 loaded = load("model.gguf", chat_template="chatml-tools")
 ids = encode_prompt(loaded, messages, tools)
-export(loaded, "student/")          # Transformers, vLLM, llama.cpp and Ollama read it as it is
+student = prune(loaded, PruneConfig(layers=6), sequences)
+export(student, "student/")         # Transformers, vLLM, llama.cpp and Ollama read it as it is
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillroom.models.config import PruneConfig as PruneConfig
     from stillroom.models.exporting import export as export
     from stillroom.models.exporting import weights_bytes as weights_bytes
     from stillroom.models.loading import Loaded as Loaded
@@ -22,10 +24,15 @@ if TYPE_CHECKING:
     from stillroom.models.prompts import encode_prompt as encode_prompt
     from stillroom.models.prompts import encode_target as encode_target
     from stillroom.models.prompts import target_text as target_text
+    from stillroom.models.pruning import prune as prune
+    from stillroom.models.pruning import restrict as restrict
+    from stillroom.models.spectrum_view import write_spectrum as write_spectrum
+    from stillroom.models.vocabulary import token_map as token_map
 
 _HOMES = {
     "Loaded": "loading",
     "Precision": "precision",
+    "PruneConfig": "config",
     "chat_template_text": "prompts",
     "encode_prompt": "prompts",
     "encode_target": "prompts",
@@ -33,8 +40,12 @@ _HOMES = {
     "load": "loading",
     "load_tokenizer": "loading",
     "pick_precision": "precision",
+    "prune": "pruning",
+    "restrict": "pruning",
     "target_text": "prompts",
+    "token_map": "vocabulary",
     "weights_bytes": "exporting",
+    "write_spectrum": "spectrum_view",
 }
 
 __all__ = sorted(_HOMES)

@@ -118,7 +118,7 @@ def _add_tokenizer(writer: Any, loaded: Any) -> None:
 
 
 def _source_file(loaded: Any) -> GgufFile | None:
-    return read_gguf(loaded.source) if Path(loaded.source).is_file() else None
+    return read_gguf(loaded.source) if loaded.source and Path(loaded.source).is_file() else None
 
 
 def _copy_tokenizer(writer: Any, source: GgufFile) -> None:

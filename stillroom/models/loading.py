@@ -35,7 +35,7 @@ class Loaded:
         name: what to call it in reports: the file's or directory's name, or the hub id.
         digest: SHA-256 over its weight files; equal digests mean equal weights.
         chat_template: Jinja text that turns messages and tools into a prompt.
-        source: the GGUF file or directory that it was read from.
+        source: the GGUF file or directory that it was read from; None if its vocabulary was made here.
     """
 
     model: Any
@@ -43,7 +43,7 @@ class Loaded:
     name: str
     digest: str
     chat_template: str
-    source: Path
+    source: Path | None
 
 
 def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str | None = None) -> Loaded:
@@ -60,13 +60,11 @@ def load(source: str | Path, *, dtype: DTypeName = "float32", chat_template: str
         ConfigError: there is no such chat template.
     """
     place, name = _locate(source)
-    weights = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"no *.safetensors in {place}.\nhelp: save the model with `save_pretrained(folder)`.")
+    weights = weight_files(place)
     file = read_gguf(place) if place.is_file() else None
     tokenizer = _read_tokenizer(place, file, chat_template)
     return Loaded(
-        _read_model(place, file, dtype), tokenizer, name, _digest(weights), tokenizer.chat_template or "", place
+        _read_model(place, file, dtype), tokenizer, name, weights_digest(weights), tokenizer.chat_template or "", place
     )
 
 
@@ -78,6 +76,19 @@ def load_tokenizer(source: str | Path, *, chat_template: str | None = None) -> A
     """
     place, _ = _locate(source)
     return _read_tokenizer(place, read_gguf(place) if place.is_file() else None, chat_template)
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """The files that hold a model's weights: one GGUF, or the safetensors of a directory.
+
+    Raises:
+        ModelError: there are none.
+    """
+    place, _ = _locate(source)
+    weights = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"no *.safetensors in {place}.\nhelp: save the model with `save_pretrained(folder)`.")
+    return weights
 
 
 def _locate(source: str | Path) -> tuple[Path, str]:
@@ -174,7 +185,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _digest(files: list[Path]) -> str:
+def weights_digest(files: list[Path]) -> str:
     """SHA-256 of one file as `sha256sum` gives it; of several, over their names and digests."""
     digests = []
     for path in files:

@@ -10,7 +10,7 @@ returned rather than left to autograd, so that nothing of the chunk has to live 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,6 @@ class TokenLoss(NamedTuple):
 
     loss: Tensor
     gradient_SD: Tensor | None
-
-
-class Objective(Protocol):
-    """What training minimises: `cross_entropy` has this form, and so has every other objective."""
-
-    def __call__(
-        self, hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor, products: Products, *, scale: float, gradient: bool
-    ) -> TokenLoss: ...
 
 
 def cross_entropy(
@@ -62,7 +54,7 @@ def cross_entropy(
 
     Source: on a teacher's answers this is sequence-level distillation, Kim & Rush 2016, arXiv:1606.07947.
     """
-    _check(hidden_SD, head_VD, labels_S)
+    check_shapes(hidden_SD, head_VD, labels_S, head_VD.shape[0])
     head, smoothing = products.weight(head_VD), label_smoothing
     total = torch.zeros((), dtype=torch.float64, device=hidden_SD.device)
     gradient_SD = torch.empty_like(hidden_SD) if gradient else None
@@ -89,9 +81,10 @@ def cross_entropy(
     return TokenLoss(total * scale, gradient_SD)
 
 
-def _check(hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor) -> None:
+def check_shapes(hidden_SD: Tensor, head_VD: Tensor, labels_S: Tensor, vocabulary: int | None) -> None:
+    """Refuse what does not fit together; with `vocabulary`, labels outside it too."""
     if hidden_SD.shape[0] != labels_S.shape[0] or hidden_SD.shape[1] != head_VD.shape[1]:
         shapes = f"hidden {tuple(hidden_SD.shape)}, head {tuple(head_VD.shape)}, labels {tuple(labels_S.shape)}"
         raise ValueError(f"shapes disagree: {shapes}")
-    if len(labels_S) and not 0 <= int(labels_S.min()) <= int(labels_S.max()) < head_VD.shape[0]:
-        raise ValueError(f"a label is outside [0, {head_VD.shape[0]})")
+    if vocabulary and len(labels_S) and not 0 <= int(labels_S.min()) <= int(labels_S.max()) < vocabulary:
+        raise ValueError(f"a label is outside [0, {vocabulary})")

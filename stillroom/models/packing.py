@@ -15,7 +15,8 @@ its sequence alone. The last token of a sequence predicts nothing that is scored
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class Packed:
         segments: what attends to what.
         scored_S: int64 rows whose hidden state predicts a scored token; rows of shared answers repeat.
         labels_S: int64, the tokens to predict there.
+        sequence_S: int64, the place in what `pack` was given of the sequence that each scored row belongs to.
+        target_S: int64, which of that sequence's targets the row predicts: 0 is `ids[first_target]`.
         tokens: real tokens that the row stands for, shared ones counted once for every sequence.
     """
 
@@ -65,7 +68,20 @@ class Packed:
     segments: tuple[Segment, ...]
     scored_S: Tensor
     labels_S: Tensor
+    sequence_S: Tensor
+    target_S: Tensor
     tokens: int
+
+    def to(self, device: torch.device) -> Packed:
+        """The same row with its tensors on `device`."""
+        if self.ids_T.device == device:
+            return self
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 def pack(sequences: Sequence[TokenSequence], *, share: bool = True) -> Packed:
@@ -78,16 +94,23 @@ def pack(sequences: Sequence[TokenSequence], *, share: bool = True) -> Packed:
             _lay(layout, [sequence], 0, ())
     scored: list[int] = []
     labels: list[int] = []
+    places: list[int] = []
+    left: dict[TokenSequence, list[int]] = {}  # equal sequences are interchangeable
+    for place, sequence in enumerate(sequences):
+        left.setdefault(sequence, []).append(place)
     for sequence, chain in layout.chains:
         row_of = [row for segment in chain for row in range(segment.start, segment.stop)]
         scored.extend(row_of[sequence.first_target - 1 :])
         labels.extend(sequence.ids[sequence.first_target :])
+        places.extend([left[sequence].pop()] * sequence.targets)
     return Packed(
         torch.tensor(layout.ids),
         torch.cat([torch.arange(s.depth, s.depth + s.stop - s.start) for s in layout.segments]),
         tuple(layout.segments),
         torch.tensor(scored),
         torch.tensor(labels),
+        torch.tensor(places),
+        torch.cat([torch.arange(sequence.targets) for sequence, _ in layout.chains]),
         sum(len(sequence.ids) for sequence in sequences),
     )
 

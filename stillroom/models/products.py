@@ -69,14 +69,23 @@ def embed(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
     return out
 
 
+def project(hidden_CD: Tensor, head_VD: Tensor, buffer_CV: Tensor) -> Tensor:
+    """Logits `hidden_CD @ head_VD.T` in the first rows of an fp32 buffer."""
+    logits_CV = buffer_CV[: len(hidden_CD)]
+    if hidden_CD.dtype == logits_CV.dtype:
+        return torch.mm(hidden_CD, head_VD.T, out=logits_CV)
+    return logits_CV.copy_(hidden_CD @ head_VD.T)
+
+
 def add_gradient(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """`weight.grad += left @ right`, in the product itself where the formats allow."""
+    """`weight.grad += left @ right`, in the product itself where the formats allow; of the first rows, if fewer."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    if left.dtype == weight.grad.dtype:
-        weight.grad.addmm_(left, right)
+    gradient = weight.grad[: len(left)]
+    if left.dtype == gradient.dtype:
+        gradient.addmm_(left, right)
     else:
-        weight.grad.add_(left @ right)
+        gradient.add_(left @ right)
 
 
 class _Linears(Function):

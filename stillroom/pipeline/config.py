@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from stillroom.data.config import DataConfig
 from stillroom.engines.config import ModelConfig, Price
 from stillroom.evaluation.config import EvalConfig
+from stillroom.models.config import PruneConfig
 from stillroom.teacher.config import TeacherConfig
 from stillroom.training.config import TrainConfig
 
@@ -25,6 +26,9 @@ class StudentConfig(BaseModel, frozen=True, extra="forbid"):
     chat_template: str | None = "chatml-tools"
     """How conversations and tools become a prompt, in training and ever after: a template that we ship, a `.jinja`
     file, or null for the model's own, which then has to know tools."""
+
+    prune: PruneConfig | None = None
+    """Cut the model down before training; its data is the labelled training set. The report's base is the whole one."""
 
     license: str = ""
     """Licence of the weights; carried into the student's model card."""
@@ -76,3 +80,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
     requires_gap: bool = False
     """Stop before training when the measured gap says that distillation is not worth it."""
+
+    @model_validator(mode="after")
+    def _objective_has_its_teacher(self) -> Self:
+        if self.training.objective.needs_teacher:
+            raise ValueError(
+                f"training.objective.kind={self.training.objective.kind} compares with the teacher's distribution, and "
+                f"of teacher.model.engine={self.teacher.model.engine} a recipe takes answers alone; "
+                "set training.objective.kind=sequence"
+            )
+        return self

@@ -34,6 +34,7 @@ from stillroom.evaluation import (
     measure_speed,
     speed_of_answers,
 )
+from stillroom.models.config import PruneConfig
 from stillroom.pipeline.config import Recipe
 from stillroom.schema import ChatModel, Example, example_from_dict, to_dict
 
@@ -221,10 +222,13 @@ def train(run: Run, labelled: Artifact, data: Artifact) -> Artifact:
         from stillroom.training import train as train_student
 
         run.close_models()
+        examples = read_examples(labelled.path / "train.jsonl")
         loaded = load(path, chat_template=recipe.student.chat_template)
+        if recipe.student.prune:
+            loaded = _pruned(loaded, recipe.student.prune, examples)
         result = train_student(
             loaded,
-            read_examples(labelled.path / "train.jsonl"),
+            examples,
             recipe.training,
             work,
             validation=read_examples(data.path / "validation.jsonl"),
@@ -240,6 +244,18 @@ def train(run: Run, labelled: Artifact, data: Artifact) -> Artifact:
         "student": plain(recipe.student) | {"license": None, "price": None, "name": None},
     }
     return run.step("train", inputs=inputs, config=config, rooms=TRAIN_ROOMS, build=build)
+
+
+def _pruned(loaded: Any, config: PruneConfig, examples: Sequence[Example]) -> Any:
+    """The student cut out of `loaded`, by what it will read and write."""
+    from stillroom.models import encode_prompt, encode_target, prune
+
+    sequences = [
+        [*encode_prompt(loaded, example.messages, example.tools), *encode_target(loaded, target.message)]
+        for example in examples
+        for target in example.targets
+    ]
+    return prune(loaded, config, sequences)
 
 
 def read_result(artifact: Artifact) -> Result:

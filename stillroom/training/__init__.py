@@ -1,4 +1,4 @@
-"""Teach a student its teacher's answers: sequence distillation, packed, resumable to the bit.
+"""Teach a student its teacher's answers, or its distribution over them: packed, resumable to the bit.
 
 result = train(loaded, examples, TrainConfig(epochs=3), "runs/a/train")
 """
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillroom.training.config import LoraSettings as LoraSettings
+    from stillroom.training.config import ObjectiveConfig as ObjectiveConfig
+    from stillroom.training.config import OnPolicyConfig as OnPolicyConfig
+    from stillroom.training.config import SpectrumSettings as SpectrumSettings
     from stillroom.training.config import TrainConfig as TrainConfig
     from stillroom.training.loop import train as train
     from stillroom.training.rate import measure_rate as measure_rate
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LoraSettings": "config",
+    "ObjectiveConfig": "config",
+    "OnPolicyConfig": "config",
+    "SpectrumSettings": "config",
     "TrainConfig": "config",
     "TrainResult": "result",
     "measure_rate": "rate",

@@ -3,6 +3,7 @@
     work_dir/
     ├── checkpoints/     see stillroom.checkpoint
     ├── metrics.jsonl    a line per step
+    ├── spectrum.json    scores of the weight matrices, where `spectrum` chooses what is trained
     └── tensorboard/     the same, where TensorBoard is installed
 
 Promise: killed at any instruction and started again with the same arguments, a run on the CPU ends in the
@@ -23,13 +24,18 @@ from typing import Any, Literal
 import torch
 
 from stillroom.checkpoint import CheckpointConfig, Checkpointer, Save
+from stillroom.engines.transformers import end_ids
 from stillroom.errors import CheckpointError
-from stillroom.models.losses import Objective
 from stillroom.models.packing import TokenSequence
+from stillroom.models.signals import TeacherSource
+from stillroom.models.spectrum import MatrixScore, cached_scan, layer_matrices
 from stillroom.schema import Example
 from stillroom.telemetry import Metrics, Progress, note, progress
 from stillroom.training.config import TrainConfig
+from stillroom.training.objective import check_teacher
+from stillroom.training.on_policy import OnPolicy
 from stillroom.training.result import TrainResult
+from stillroom.training.selection import merged
 from stillroom.training.sequences import steps_of_epoch, tokenize
 from stillroom.training.state import Run, fingerprint, restore, save, state_of
 from stillroom.training.step import Stepper
@@ -43,7 +49,7 @@ def train(
     *,
     validation: Sequence[Example] = (),
     seed: int = 0,
-    objective: Objective | None = None,
+    teacher: TeacherSource | None = None,
 ) -> TrainResult:
     """Teach `loaded` the targets of `examples`; resumes by itself from what `work_dir` holds.
 
@@ -55,21 +61,25 @@ def train(
         work_dir: checkpoints and metrics of this run.
         validation: examples whose loss is measured after each epoch; those without a target are passed over.
         seed: order of the examples, and adapters' first values.
-        objective: what is minimised; by default cross-entropy with the answers.
+        teacher: what the teacher says about each packed row, where `config.objective` compares with it; one in
+            memory also samples where `config.on_policy.teacher_share` asks for it.
 
     Raises:
         NotEnoughData: no example has a target that fits `max_sequence_tokens`.
+        ConfigError: `teacher` does not go with `config`, see `check_teacher`; or there are no such layers.
         CheckpointError: `work_dir` holds the checkpoints of another run.
         StillroomError: the loss is not a finite number.
     """
+    check_teacher(config, teacher)
     work = Path(work_dir)
     sequences, skipped = tokenize(loaded, examples, config.max_sequence_tokens)
     _report_skipped(skipped)
     held_out = [example for example in validation if example.targets]
     held_out_sequences = tokenize(loaded, held_out, config.max_sequence_tokens)[0] if held_out else []
     torch.manual_seed(seed)
-    stepper = Stepper(loaded.model, config, objective)
-    run = Run(fingerprint(loaded, sequences, held_out_sequences, config, seed, stepper.precision.name))
+    stepper = Stepper(loaded.model, config, teacher, _scores(loaded, config, work))
+    run = Run(fingerprint(loaded, sequences, held_out_sequences, stepper, seed))
+    source = _source(loaded, stepper, run, seed)
     stage: Literal["at once", "behind"] = "behind" if config.save_behind else "at once"
     checkpoints = CheckpointConfig(keep_latest=config.keep_latest, stage=stage)
     like = state_of(stepper, run)
@@ -77,8 +87,8 @@ def train(
         checkpointer.guard(stepper.optimizer)
         restore(checkpointer, stepper, run)
         if not run.done:
-            _run(stepper, sequences, held_out_sequences, run, checkpointer, work, seed)
-    loaded.model = stepper.model.merge_and_unload() if config.method == "lora" else stepper.model
+            _run(stepper, sequences, held_out_sequences, run, checkpointer, work, seed, source)
+    loaded.model = merged(stepper.model)
     loaded.model.requires_grad_(True).eval()
     return _result(stepper, run, skipped)
 
@@ -94,6 +104,22 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (floor + (1 - floor) * falling)
 
 
+def _scores(loaded: Any, config: TrainConfig, work: Path) -> Sequence[MatrixScore]:
+    """Scores of the weights as they came, also after a resumption: the choice must not follow the training."""
+    if config.spectrum is None:
+        return ()
+    return cached_scan(work / "spectrum.json", loaded.digest, layer_matrices(loaded.model))
+
+
+def _source(loaded: Any, stepper: Stepper, run: Run, seed: int) -> OnPolicy | None:
+    """Who writes the answers of a step, where the student does for some."""
+    config = stepper.config
+    if config.on_policy is None:
+        return None
+    ends, teacher = end_ids(loaded), stepper.teacher.model if stepper.teacher else None
+    return OnPolicy(config.on_policy, stepper.model, ends, seed, config.max_sequence_tokens, run.replay, teacher)
+
+
 def _run(
     stepper: Stepper,
     sequences: list[TokenSequence],
@@ -102,6 +128,7 @@ def _run(
     checkpointer: Checkpointer,
     work: Path,
     seed: int,
+    source: OnPolicy | None,
 ) -> None:
     config = stepper.config
     epochs = [list(steps_of_epoch(sequences, config, seed, epoch)) for epoch in range(config.epochs)]
@@ -113,8 +140,11 @@ def _run(
         for epoch, batch in islice(steps, run.step, None):
             started = time.monotonic()
             rate = learning_rate(run.step, len(steps), config)
+            batch, whose = source.batch(run.step, batch) if source else (batch, None)
             report = stepper.step(batch, rate)
             line = run.add(report, epoch, rate, time.monotonic() - started)
+            if whose:
+                line |= {"sampled": float(whose == "sampled"), "replayed": float(whose == "replayed")}
             if run.step in ends and held_out:
                 line["validation_loss"] = stepper.evaluate(held_out)
             metrics.log(run.step, **line)

@@ -13,7 +13,7 @@ from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.models.packing import TokenSequence
 from stillroom.schema import digest
 from stillroom.telemetry import note
-from stillroom.training.config import TrainConfig
+from stillroom.training.on_policy import Replayed
 from stillroom.training.step import Stepper, StepReport
 
 VERSION = 3
@@ -25,7 +25,7 @@ UNIMPORTANT = ("save_every_s", "save_every_steps", "keep_latest", "save_behind",
 
 @dataclass
 class Run:
-    """How far a run is, and one line of figures for every step so far."""
+    """How far a run is, one line of figures for every step so far, and the student's samples that are kept."""
 
     fingerprint: str
     step: int = 0
@@ -33,6 +33,7 @@ class Run:
     done: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    replay: list[Replayed] = field(default_factory=list)
 
     def add(self, report: StepReport, epoch: int, rate: float, step_s: float) -> dict[str, float]:
         """Count a step; its line in the history."""
@@ -52,24 +53,33 @@ class Run:
 
 
 def fingerprint(
-    loaded: Any,
-    sequences: list[TokenSequence],
-    held_out: list[TokenSequence],
-    config: TrainConfig,
-    seed: int,
-    precision: str,
+    loaded: Any, sequences: list[TokenSequence], held_out: list[TokenSequence], stepper: Stepper, seed: int
 ) -> str:
-    """What makes two runs the same run: start, data, settings."""
+    """What makes two runs the same run: start, data, settings, teacher."""
     return digest(
         {
             "version": VERSION,
             "weights": loaded.digest,
             "data": [[list(s.ids), s.first_target] for s in (*sequences, *held_out)],
-            "config": config.model_dump(mode="json", exclude=set(UNIMPORTANT)),
+            "config": _settings(stepper),
             "seed": seed,
-            "precision": precision,
+            "precision": stepper.precision.name,
+            **({"teacher": stepper.teacher.digest} if stepper.teacher else {}),
         }
     )
+
+
+def _settings(stepper: Stepper) -> dict[str, Any]:
+    """The settings that count. Those that came later are left out where they say nothing, so that older runs go on."""
+    settings = stepper.config.model_dump(mode="json", exclude=set(UNIMPORTANT))
+    for name in ("train_layers", "spectrum", "on_policy"):
+        if settings[name] is None:
+            del settings[name]
+    if settings["lora"]["base"] == "fp32":
+        del settings["lora"]["base"]
+    if not stepper.teacher:
+        del settings["objective"]
+    return settings
 
 
 def save(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> Save:
@@ -103,6 +113,7 @@ def restore(checkpointer: Checkpointer, stepper: Stepper, run: Run) -> None:
             )
         run.step, run.seconds, run.done = values["step"], values["seconds"], values["done"]
         run.history = json.loads(values["history"])
+        run.replay[:] = [(ids, first, name) for ids, first, name in json.loads(values.get("replay", "[]"))]
         run.resumed_at = values["resumed_at"] if run.done else [*values["resumed_at"], run.step]
         torch.set_rng_state(state["random"])
         if not run.done:
@@ -122,6 +133,8 @@ def state_of(stepper: Stepper, run: Run) -> dict[str, Any]:
         "history": json.dumps(run.history),
         "resumed_at": run.resumed_at,
     }
+    if stepper.config.on_policy is not None:
+        values["replay"] = json.dumps(run.replay)
     return {
         "weights": {name: p.detach() for name, p in stepper.trained.items()},
         "optimizer": moments,

@@ -7,25 +7,25 @@ random state, where adapters have dropout). Equal inputs give equal bits on one 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.errors import StillroomError
-from stillroom.models.losses import Objective, cross_entropy
+from stillroom.models.distilling import distil
+from stillroom.models.losses import TokenLoss, cross_entropy
 from stillroom.models.packed import hidden_states
-from stillroom.models.packing import Packed, TokenSequence, pack, split
+from stillroom.models.packing import TokenSequence, pack, split
 from stillroom.models.precision import pick_precision
 from stillroom.models.products import Products
-from stillroom.training.config import LoraSettings, TrainConfig
-
-ALIGNMENT_BYTES = 64
-"""Weights are moved to such addresses if need be: the last bit of a matrix product in MKL depends on alignment."""
+from stillroom.models.signals import TeacherSignal, TeacherSource
+from stillroom.models.spectrum import MatrixScore
+from stillroom.training.config import TrainConfig
+from stillroom.training.objective import blend_of, check_teacher
+from stillroom.training.selection import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,30 @@ class Stepper:
 
     Args:
         model: a Transformers causal language model; frozen and adapted here as `config` says.
-        config: what is trained.
-        objective: what is minimised; by default cross-entropy with the answers.
+        config: what is trained, and what is minimised.
+        teacher: what the teacher says about a packed row, where `config.objective` compares with it.
+        scores: of the model's matrices, where `config.spectrum` chooses by them.
+
+    Raises:
+        ConfigError: the objective needs a teacher and there is none, or the other way round; or the student samples
+            answers that the teacher cannot judge.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, objective: Objective | None = None) -> None:
-        self.model = prepare(model, config)
+    def __init__(
+        self,
+        model: Any,
+        config: TrainConfig,
+        teacher: TeacherSource | None = None,
+        scores: Sequence[MatrixScore] = (),
+    ) -> None:
+        check_teacher(config, teacher)
+        self.model = prepare(model, config, scores)
         self.config = config
         self.device = next(self.model.parameters()).device
         self.precision = pick_precision(config.precision, self.device.type)
         self.products = Products(self.precision)
-        self.objective = objective or partial(cross_entropy, label_smoothing=config.label_smoothing)
+        self.teacher = teacher
+        self.blend = blend_of(config.objective)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(self.trained, config)
 
@@ -72,7 +85,7 @@ class Stepper:
         scored = sum(sequence.targets for sequence in sequences)
         loss = 0.0
         for row in split(sequences, self.config.row_tokens):
-            loss += self._row(pack(row), 1 / scored)
+            loss += self._row(row, 1 / scored)
         norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
@@ -96,20 +109,31 @@ class Stepper:
         self.model.eval()
         total = 0.0
         for row in split(sequences, self.config.row_tokens):
-            packed = _to(pack(row), self.device)
+            packed = pack(row).to(self.device)
             hidden_SD = hidden_states(self.model, packed, self.products)
             total += float(cross_entropy(hidden_SD, self.head_VD, packed.labels_S, self.products, gradient=False).loss)
         return total / sum(sequence.targets for sequence in sequences)
 
-    def _row(self, packed: Packed, scale: float) -> float:
-        packed = _to(packed, self.device)
+    def _row(self, sequences: Sequence[TokenSequence], scale: float) -> float:
+        packed = pack(sequences).to(self.device)
+        # Before the student's pass, so that the teacher's activations and the student's never lie side by side.
+        signal = self.teacher.signal(packed, sequences) if self.teacher else None
         hidden_SD = hidden_states(self.model, packed, self.products)
-        loss, gradient_SD = self.objective(
-            hidden_SD.detach(), self.head_VD, packed.labels_S, self.products, scale=scale, gradient=True
-        )
+        loss, gradient_SD = self._token_loss(hidden_SD.detach(), packed.labels_S, signal, scale)
         if hidden_SD.requires_grad:
             hidden_SD.backward(gradient_SD)
         return float(loss)
+
+    def _token_loss(self, hidden_SD: Tensor, labels_S: Tensor, signal: TeacherSignal | None, scale: float) -> TokenLoss:
+        if signal is None or self.blend is None:
+            smoothing = self.config.label_smoothing
+            return cross_entropy(
+                hidden_SD, self.head_VD, labels_S, self.products, scale=scale, label_smoothing=smoothing
+            )
+        rows = self.config.objective.chunk_rows
+        return distil(
+            hidden_SD, self.head_VD, labels_S, signal, self.blend, self.products, scale=scale, chunk_rows=rows
+        )
 
     def _clip(self) -> float:
         """Cut the gradient to the configured norm; its norm before."""
@@ -118,37 +142,6 @@ class Stepper:
         if norm > self.config.clip_norm:
             torch._foreach_mul_(gradients, self.config.clip_norm / norm)
         return norm
-
-
-def prepare(model: Any, config: TrainConfig) -> Any:
-    """Freeze what stays, put adapters in where asked; what is trained requires a gradient, nothing else does."""
-    for parameter in model.parameters():
-        if parameter.data_ptr() % ALIGNMENT_BYTES:
-            parameter.data = parameter.data.clone()
-    if config.method == "lora":
-        return _adapt(model, config.lora)
-    model.requires_grad_(True)
-    if config.freeze_layers:
-        decoder = model.get_decoder()
-        for frozen in (decoder.embed_tokens, *decoder.layers[: config.freeze_layers]):
-            frozen.requires_grad_(False)
-    return model
-
-
-def _adapt(model: Any, settings: LoraSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        # peft 0.21 asks Transformers 5 for an attribute by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapters = LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=list(settings.targets),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, adapters)
 
 
 def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -167,10 +160,3 @@ def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.o
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
-
-
-def _to(packed: Packed, device: torch.device) -> Packed:
-    if device.type == "cpu":
-        return packed
-    moved = {name: getattr(packed, name).to(device) for name in ("ids_T", "positions_T", "scored_S", "labels_S")}
-    return replace(packed, **moved)

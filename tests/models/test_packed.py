@@ -124,12 +124,16 @@ def test_every_scored_token_sees_exactly_its_own_sequence(seed):
     packed = pack(sequences)
 
     seen = []
-    for row, label in zip(packed.scored_S.tolist(), packed.labels_S.tolist(), strict=True):
+    columns = (packed.scored_S, packed.labels_S, packed.sequence_S, packed.target_S)
+    for row, label, place, target in zip(*(column.tolist() for column in columns), strict=True):
         (segment,) = [s for s in packed.segments if s.start <= row < s.stop]
         before = [i for part in segment.context for i in range(part.start, part.stop)]
         rows = [*before, *range(segment.start, row + 1)]
         assert packed.positions_T[rows].tolist() == list(range(len(rows)))
         seen.append((*packed.ids_T[rows].tolist(), label))
+        assert seen[-1] == sequences[place].ids[: sequences[place].first_target + target + 1]
+    every = [(place, target) for place, s in enumerate(sequences) for target in range(s.targets)]
+    assert sorted(zip(packed.sequence_S.tolist(), packed.target_S.tolist(), strict=True)) == every
     wanted = [s.ids[: stop + 1] for s in sequences for stop in range(s.first_target, len(s.ids))]
     assert sorted(seen) == sorted(wanted)
 

@@ -78,6 +78,17 @@ def test_a_changed_setting_redoes_exactly_what_depends_on_it(undisturbed):
     assert redone == {"plan", "train", "evaluate-student", "report"}
 
 
+def test_a_recipe_can_cut_its_student_down(undisturbed):
+    folder, recipe, teacher, _ = undisturbed
+    calls = sum(teacher.calls().values())
+    settings = ["student.prune.layers=1", "student.prune.vocabulary=from-data"]
+    summary = distill(load_config(Recipe, recipe, settings), folder / "runs" / "pruned", command="test")
+    config = json.loads((folder / "runs" / "pruned" / "student" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert set(summary["accuracy"]) == {"base", "teacher", "student"}
+    assert sum(teacher.calls().values()) == calls
+
+
 def test_another_run_pays_nothing_again(undisturbed):
     folder, recipe, teacher, summary = undisturbed
     calls = sum(teacher.calls().values())
@@ -157,6 +168,12 @@ def test_items_that_cannot_be_scored_end_a_run_before_the_teacher_is_asked(undis
     with pytest.raises(DataError, match=what):
         distill(load_config(Recipe, recipe, [setting]), tmp_path / "run")
     assert teacher.calls() == calls
+
+
+def test_an_objective_that_needs_the_teachers_distribution_is_refused_with_the_recipe(undisturbed):
+    _, recipe, _, _ = undisturbed
+    with pytest.raises(ConfigError, match=r"(?s)training.objective.kind=forward_kl.*teacher.model.engine=openai"):
+        load_config(Recipe, recipe, ["training.objective.kind=forward_kl"])
 
 
 def test_a_price_that_nobody_stated_is_not_zero_dollars(undisturbed):

@@ -11,7 +11,7 @@ from stillroom.checkpoint import Checkpointer
 from stillroom.errors import CheckpointError, NotEnoughData, StillroomError
 from stillroom.models import load
 from stillroom.schema import Example, Message, Target, ToolCall, ToolSpec
-from stillroom.training import LoraSettings, TrainConfig, measure_rate, train
+from stillroom.training import LoraSettings, SpectrumSettings, TrainConfig, measure_rate, train
 from stillroom.training.loop import learning_rate
 from stillroom.training.sequences import steps_of_epoch, tokenize
 from stillroom.training.step import Stepper
@@ -83,8 +83,15 @@ def test_the_first_loss_is_transformers_own(tiny_student, tmp_path):
 
 @pytest.mark.parametrize(
     "update",
-    [{}, {"method": "lora", "lora": LoraSettings(r=4, dropout=0.2)}, {"freeze_layers": 1}, {"order": "short_first"}],
-    ids=["full", "lora with dropout", "frozen layers", "short first"],
+    [
+        {},
+        {"method": "lora", "lora": LoraSettings(r=4, dropout=0.2)},
+        {"method": "lora", "lora": LoraSettings(r=4, base="nf4")},
+        {"freeze_layers": 1},
+        {"spectrum": SpectrumSettings(top=50)},
+        {"order": "short_first"},
+    ],
+    ids=["full", "lora with dropout", "lora over nf4", "frozen layers", "spectrum", "short first"],
 )
 def test_interrupted_at_any_step_it_ends_in_the_same_bits(tiny_student, tmp_path, monkeypatch, update):
     config = QUICK.model_copy(update=update)
@@ -184,14 +191,17 @@ def test_how_often_it_is_saved_does_not_make_it_another_run(tiny_student, tmp_pa
     )
 
 
-def test_merged_adapters_answer_as_the_adapted_model_did(tiny_student, tmp_path):
+@pytest.mark.parametrize("base", ["fp32", "int8", "nf4"])
+def test_merged_adapters_answer_as_the_adapted_model_did(tiny_student, tmp_path, base):
     loaded = open_student(tiny_student)
-    config = QUICK.model_copy(update={"method": "lora", "lora": LoraSettings(r=4)})
+    exact = QUICK.model_copy(update={"precision": "fp32"})  # bf16 rounds merged weights and adapters differently
+    config = exact.model_copy(update={"method": "lora", "lora": LoraSettings(r=4, base=base)})
     result = train(loaded, examples(), config, tmp_path, validation=examples(3))
     assert type(loaded.model).__name__ == "LlamaForCausalLM"
+    assert type(loaded.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert result.trained_parameters < sum(p.numel() for p in loaded.model.parameters())
     sequences, _ = tokenize(loaded, examples(3), 2048)
-    assert Stepper(loaded.model, QUICK).evaluate(sequences) == pytest.approx(result.validation_losses[-1], rel=1e-5)
+    assert Stepper(loaded.model, exact).evaluate(sequences) == pytest.approx(result.validation_losses[-1], rel=1e-5)
 
 
 def test_frozen_layers_and_embedding_stay_as_they_were(tiny_student, tmp_path):
