@@ -11,6 +11,7 @@
     │   └── NotRecorded        a recorded teacher has no answer for this prompt
     ├── BudgetExceeded         the next paid call would pass the token or money budget
     ├── LicenseConflict        licence or terms of teacher or data forbid the run, and nobody acknowledged it
+    ├── StorageError           an object store cannot be reached, refuses, or lacks what is asked for
     ├── ArtifactError          a stored result is missing, damaged or of another version
     └── CheckpointError
         └── CheckpointCorrupt  a committed checkpoint does not match its checksums
@@ -79,6 +80,10 @@ class BudgetExceeded(StillroomError):
 
 class LicenseConflict(StillroomError):
     """Licence or terms of teacher or data forbid the run, and the recipe does not acknowledge it."""
+
+
+class StorageError(StillroomError):
+    """An object store cannot be reached, refuses, or lacks what is asked for; or a URL is of no known kind."""
 
 
 class ArtifactError(StillroomError):

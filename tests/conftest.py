@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+BUCKETS = itertools.count()
 MISSING = re.compile(r"not installed|could not import|No module named", re.IGNORECASE)
 
 
@@ -51,6 +53,57 @@ def tiny_student(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3-compatible server for all tests that do not break it."""
+    from tests.s3_server import Server
+
+    server = Server(tmp_path_factory.mktemp("s3") / "data")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """boto3's configuration leads to `s3_server`."""
+    configure_s3(monkeypatch, s3_server.url)
+    return s3_server
+
+
+@pytest.fixture
+def bucket(s3) -> Path:
+    """The folder of a fresh bucket's objects; its name is the bucket's."""
+    return s3.make_bucket(f"bucket-{next(BUCKETS)}")
+
+
+@pytest.fixture
+def network(s3, monkeypatch):
+    """A network between boto3 and the server, which a test may break."""
+    from tests.s3_server import Network
+
+    network = Network(s3)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", network.url)
+    yield network
+    network.close()
+
+
+def configure_s3(monkeypatch, url: str) -> None:
+    from tests.s3_server import ACCESS, SECRET
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": ACCESS,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": "/nowhere",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
 
 
 CITIES = ["Oslo", "Rome", "Lima", "Cairo", "Quito", "Delhi", "Perth", "Kyoto", "Tunis", "Turin"]
