@@ -197,7 +197,10 @@ def data_check(
     raise typer.Exit(0 if insights.enough else 1)
 
 
-Root = Annotated[Path, typer.Argument(help="Folder of checkpoints, such as runs/x/checkpoints.", metavar="ROOT")]
+Root = Annotated[
+    str,
+    typer.Argument(help="Folder of checkpoints, such as runs/x/checkpoints, or s3://BUCKET/PREFIX.", metavar="ROOT"),
+]
 
 
 @checkpoint_app.command("ls")
@@ -206,12 +209,12 @@ def checkpoint_ls(root: Root) -> None:
     from stillroom.checkpoint import Checkpointer
 
     found = [
-        {"step": info.step, "bytes": info.size_bytes, "metrics": dict(info.metrics)}
+        {"step": info.step, "path": str(info.path), "bytes": info.size_bytes, "metrics": dict(info.metrics)}
         for info in Checkpointer(root).committed()
     ]
     for entry in found:
         print(f"{entry['step']:>10}  {entry['bytes']:>16,} bytes  {entry['metrics'] or ''}".rstrip())
-    print(json.dumps({"root": str(root), "checkpoints": found}))
+    print(json.dumps({"root": root, "checkpoints": found}))
 
 
 @checkpoint_app.command("verify")
@@ -227,7 +230,7 @@ def checkpoint_verify(
     damaged = {step: lines for step in steps if (lines := checkpointer.verify(step))}
     for number, lines in damaged.items():
         print("\n".join(f"step {number}: {line}" for line in lines))
-    print(json.dumps({"root": str(root), "checked": steps, "damaged": damaged}))
+    print(json.dumps({"root": root, "checked": steps, "damaged": damaged}))
     raise typer.Exit(1 if damaged else 0)
 
 

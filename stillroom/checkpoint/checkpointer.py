@@ -9,6 +9,8 @@
     │   └── checkpoint.json        step, metrics, ranks
     └── .step=d00000500.*.tmp/     being written, or left by a crash: invisible to every reader
 
+On an object store the same files lie under other names, see `roots.py`.
+
 Promise: after a crash at any instruction a reader sees the old set of checkpoints or the new one, never a part,
 never a mixture. What is loaded is what was saved, bit for bit, or `CheckpointCorrupt` names the item that is not.
 Threads: `save` copies into the arena on the caller's thread (or behind it, on request); one thread waits for the
@@ -21,12 +23,10 @@ import atexit
 import contextlib
 import os
 import queue
-import shutil
 import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,11 +37,12 @@ from stillroom.checkpoint.daemon import Daemon
 from stillroom.checkpoint.group import Solo, group_of
 from stillroom.checkpoint.loading import Load
 from stillroom.checkpoint.plans import Plan, Settled, new_plan
-from stillroom.checkpoint.reading import STEP_NAME, Snapshot, format_record, parse_record
+from stillroom.checkpoint.reading import Snapshot
 from stillroom.checkpoint.retention import superfluous
+from stillroom.checkpoint.roots import Where, format_record, root_of
 from stillroom.checkpoint.saves import CheckpointInfo, Save
 from stillroom.checkpoint.states import Contents, DescribedState
-from stillroom.checkpoint.writer import RECORD, restore, temporary_name
+from stillroom.checkpoint.writer import RECORD
 from stillroom.errors import CheckpointCorrupt, CheckpointError
 from stillroom.telemetry import note
 
@@ -59,15 +60,16 @@ class _Job:
     contents: Contents | None
     after: Any
     metrics: dict[str, float]
-    name: str
+    folder: Any
     failure: str = ""
+    committing: bool = False
 
 
 class Checkpointer:
     """Checkpoints of one run, under `root`.
 
     Args:
-        root: a directory that all ranks see; made when the first checkpoint is saved.
+        root: a directory that all ranks see, made when the first checkpoint is saved; or `s3://BUCKET/PREFIX`.
         like: a state of the shape that will be saved; memory for it is made ready in the background, so that the
             first save is as quick as the second.
         config: how checkpoints are written and which stay.
@@ -75,18 +77,22 @@ class Checkpointer:
         frozen: names of leaves and branches, such as `model.base`, that are not changed but by `load` as long as this
             Checkpointer lives: they are copied and written once, and linked into every checkpoint after that. Without
             it, tensors that stay the same are found by their checksums (`CheckpointConfig.link_unchanged`).
+
+    Raises:
+        CheckpointError: `root` is of no known kind, or the object store does not let us in.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Where,
         *,
         like: Mapping[Any, Any] | None = None,
         config: CheckpointConfig = CheckpointConfig(),
         process_group: Any = None,
         frozen: Collection[str] = (),
     ) -> None:
-        self.root, self.config = Path(root), config
+        self._place, self.config = root_of(root), config
+        self.root: Any = self._place.where
         self._group: Solo = group_of(process_group, config.timeout_s)
         self._daemon: Daemon | None = None
         self._plan: Plan | None = None
@@ -96,11 +102,9 @@ class Checkpointer:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed, self._process = False, os.getpid()
-        self._swept: set[tuple[Path, int | None]] = set()
-        if self._group.rank == 0:
-            restore(str(self.root))
-        self._token, newest = self._group.broadcast("token", lambda: (uuid.uuid4().hex[:8], self._choose(None)))
-        self._newest = None if newest is None else self._path(newest)
+        self._swept: set[tuple[Any, int | None]] = set()
+        self._token, newest = self._group.broadcast("token", self._arrive)
+        self._newest = root_of(newest).where if newest else None
         self._preparing: threading.Thread | None = None
         if like is not None:
             self._start()
@@ -137,8 +141,8 @@ class Checkpointer:
         assert self._plan is not None
         arena = self._plan.free.get()
         save._mark("waited")
-        name = temporary_name(path.name, self._token, number)
-        job = _Job(save, number, arena, contents, pinned.mark(contents.parts), dict(metrics or {}), name)
+        folder = self._place.unfinished(path, self._token, number)
+        job = _Job(save, number, arena, contents, pinned.mark(contents.parts), dict(metrics or {}), folder)
         self._saves = [other for other in self._saves if not (other.done() and (other.seen or not other._error))]
         self._saves.append(save)
         self._begin(job)
@@ -184,17 +188,14 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
-        if not self.root.is_dir():
-            return []
-        matches = (STEP_NAME.fullmatch(path.name) for path in self.root.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return sorted(self._place.steps())
 
     def committed(self) -> list[CheckpointInfo]:
         """The committed checkpoints, by step."""
         return [self._info(step) for step in self.steps()]
 
-    def path_of(self, step: int | None = None) -> Path:
-        """The directory of a committed checkpoint, the newest by default.
+    def path_of(self, step: int | None = None) -> Any:
+        """The directory of a committed checkpoint, the newest by default; a `Path` or an `ObjectPath`.
 
         Raises:
             CheckpointError: there is none.
@@ -202,7 +203,7 @@ class Checkpointer:
         chosen = self._choose(step)
         if chosen is None:
             raise CheckpointError(f"there is no checkpoint in {self.root}.")
-        return self._path(chosen)
+        return self._place.content(self._path(chosen))[0]
 
     def verify(self, step: int) -> list[str]:
         """What of a checkpoint does not match its checksums, one line each; empty when all is well."""
@@ -211,13 +212,9 @@ class Checkpointer:
         except CheckpointCorrupt as error:
             return [str(error).splitlines()[0]]
 
-    def set_aside(self, step: int) -> Path:
-        """Rename a damaged checkpoint, so that it is no longer found but can still be looked at."""
-        path = self._path(step)
-        aside = path.with_name(f"{path.name}.damaged")
-        if aside.exists():
-            shutil.rmtree(aside)
-        return path.rename(aside)
+    def set_aside(self, step: int) -> Any:
+        """Rename a damaged checkpoint, so that it is no longer found but can still be looked at; where it is now."""
+        return self._place.set_aside(self._path(step))
 
     def guard(self, optimizer: Any) -> Any:
         """Make `optimizer.step` wait until the newest save is staged; with `stage="behind"` nothing else is needed.
@@ -269,7 +266,7 @@ class Checkpointer:
     def _start(self) -> None:
         if self._daemon is not None:
             return
-        self._daemon = Daemon(self.config.timeout_s)
+        self._daemon = Daemon(self._place.program, self.config.timeout_s)
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -281,11 +278,11 @@ class Checkpointer:
 
     def _read(self, step: int, into: MutableMapping[Any, Any], keys: Collection[str] | None, trust: bool) -> Load:
         path = self._path(step)
-        before = _identity(path)
+        before = self._place.identity(path)
         try:
             return Load(Snapshot(path), into, keys, trust)
         except CheckpointCorrupt as error:
-            if _identity(path) == before:
+            if self._place.identity(path) == before:
                 raise
             raise CheckpointError(
                 f"step {step} in {self.root} was removed or replaced by another process while it was read.\n"
@@ -395,28 +392,28 @@ class Checkpointer:
     def _drop(self, job: _Job) -> None:
         """Give the folder up; on rank 0, which alone knows that nobody commits it any more, remove it."""
         self._swept.clear()
-        folder = str(self._path(job.save.step).parent / job.name) if self._group.rank == 0 else ""
+        folder = str(job.folder) if self._group.rank == 0 else ""
         with contextlib.suppress(CheckpointError):
             assert self._daemon is not None
-            self._daemon.ask({"op": "drop", "folder": folder})
+            self._daemon.ask({"op": "drop", "folder": folder, "committing": job.committing})
 
-    def _sweep(self, parent: Path, keep: str) -> None:
+    def _sweep(self, parent: Any, keep: str) -> None:
         """On rank 0, once for each writer process: remove what crashes left, the writer's own among them."""
         assert self._daemon is not None
         if self._group.rank == 0 and (parent, self._daemon.pid) not in self._swept:
             with contextlib.suppress(CheckpointError):
-                self._daemon.ask({"op": "sweep", "root": str(parent), "keep": keep})
+                idle_s = 2 * self.config.timeout_s
+                self._daemon.ask({"op": "sweep", "root": str(parent), "keep": keep, "idle_s": idle_s})
                 self._swept.add((parent, self._daemon.pid))
 
     def _commit(self, job: _Job) -> CheckpointInfo:
         """Write, vote, commit."""
         assert self._daemon is not None
         final = self._path(job.save.step)
-        folder = final.parent / job.name
-        self._sweep(final.parent, job.name)
+        self._sweep(final.parent, job.folder.name)
         if self.config.stage == "behind":
             self._stage(job)
-        failure = job.failure or self._written(job, folder)
+        failure = job.failure or self._written(job)
         # A tensor's version is raised when an operation ends, so one that overlapped the copy shows only now.
         # Asked in this order: whoever was told that it is staged may have changed it since.
         contents = job.contents
@@ -424,33 +421,34 @@ class Checkpointer:
             failure = failure or CHANGED
         job.save._mark("written")
         self._group.agree(f"{job.number}/written", failure=failure)
-        self._group.broadcast(f"{job.number}/committed", lambda: self._rename(job, folder, final))
-        self._newest = final
-        return self._info(job.save.step)
+        self._group.broadcast(f"{job.number}/committed", lambda: self._rename(job, final))
+        info = self._info(job.save.step)
+        self._newest = info.path
+        return info
 
-    def _written(self, job: _Job, folder: Path) -> str:
+    def _written(self, job: _Job) -> str:
         """Let the writer write; what went wrong, if anything."""
         assert self._daemon is not None
-        request = job.arena.write_request(str(folder), self._linked_from())
+        request = job.arena.write_request(str(job.folder), self._linked_from())
         try:
             reply = self._daemon.ask(request)
         except CheckpointError as error:
-            return f"step {job.save.step} could not be written to {folder.parent}: {error}"
+            return f"step {job.save.step} could not be written to {job.folder.parent}: {error}"
         self._settled.learn(job.arena.layout, reply["unchanged"], reply["changed"])
         return ""
 
     def _linked_from(self) -> str:
         return str(self._newest) if self._newest and self.config.link_unchanged else ""
 
-    def _rename(self, job: _Job, folder: Path, final: Path) -> bool:
+    def _rename(self, job: _Job, final: Any) -> bool:
         """On rank 0, when all ranks have written: the commit, then retention."""
         assert self._daemon is not None
-        token = folder.name
+        token, job.committing = job.folder.name, True
         record = {
             "step": job.save.step, "metrics": job.metrics, "world": self._group.world, "token": token, "version": 1,
         }  # fmt: skip
         files = {RECORD: format_record(record)}
-        request = job.arena.commit_request(str(folder), str(final), token, files, self._linked_from())
+        request = job.arena.commit_request(str(job.folder), str(final), token, files, self._linked_from())
         self._daemon.ask(request)
         # It is committed; what cannot be removed now is removed after the next save.
         with contextlib.suppress(CheckpointError, OSError):
@@ -467,28 +465,22 @@ class Checkpointer:
             raise CheckpointError(f"no checkpoint of step {step} in {self.root}; there are {steps or 'none'}.")
         return step
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> Any:
         if step < 0:
             raise CheckpointError(f"a step cannot be negative: {step}")
         return self.root / f"step-{step:08d}"
 
     def _metrics(self, step: int) -> dict[str, float]:
-        try:
-            metrics: dict[str, float] = parse_record((self._path(step) / RECORD).read_bytes())["metrics"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        record = self._place.record(self._path(step)) or {}
+        metrics: dict[str, float] = record.get("metrics", {})
         return metrics
 
     def _info(self, step: int, absent: tuple[str, ...] = ()) -> CheckpointInfo:
-        path = self._path(step)
-        with contextlib.suppress(FileNotFoundError):  # retention on another rank may be ahead
-            size = sum(file.stat().st_size for file in path.iterdir())
-            return CheckpointInfo(step, path, size, self._metrics(step), absent)
-        return CheckpointInfo(step, path, 0, {}, absent)
+        folder, size_bytes = self._place.content(self._path(step))
+        return CheckpointInfo(step, folder, size_bytes, self._metrics(step), absent)
 
-
-def _identity(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
+    def _arrive(self) -> tuple[str, str]:
+        """On rank 0: what names this Checkpointer's saves, and the newest checkpoint that is there, if any."""
+        self._place.restore()
+        newest = self._choose(None)
+        return uuid.uuid4().hex[:8], "" if newest is None else str(self._place.content(self._path(newest))[0])

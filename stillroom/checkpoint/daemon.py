@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stillroom.checkpoint import writer as program
 from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.disk import crc32
 from stillroom.errors import CheckpointError
@@ -34,11 +34,12 @@ class Daemon:
     """A writer process for one `Checkpointer`. Requests may be repeated safely: each has the same effect twice.
 
     Args:
+        program: what Python runs, see `roots.py`.
         timeout_s: how long a request may take.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, program: Sequence[str], timeout_s: float) -> None:
+        self._program, self._timeout_s = program, timeout_s
         self._lock = threading.Lock()
         self._arenas: dict[int, Arena] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -104,7 +105,7 @@ class Daemon:
         with theirs:
             found = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", program.__file__, str(theirs.fileno())],
+                [sys.executable, "-P", *self._program, str(theirs.fileno())],
                 env=os.environ | {"PYTHONPATH": found},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -158,7 +159,7 @@ class Daemon:
             self._stop(at_once=True)
             raise CheckpointError(
                 f"the checkpoint writer did not finish `{request['op']}` within {self._timeout_s:g} s.\n"
-                "help: the disk may hang; raise `timeout_s` of CheckpointConfig if it is only slow."
+                "help: the disk or the network may hang; raise `timeout_s` of CheckpointConfig if it is only slow."
             ) from None
         except OSError as error:
             raise WriterDied from error
@@ -175,7 +176,8 @@ def _announce_slow_checksums() -> None:
 
 def _checked(reply: dict[str, Any]) -> dict[str, Any]:
     if "error" in reply:
-        raise CheckpointError(f"{reply['error']}\nhelp: {_advice(reply.get('errno'))}")
+        said = reply["error"]
+        raise CheckpointError(said if "\nhelp: " in said else f"{said}\nhelp: {_advice(reply.get('errno'))}")
     return reply
 
 

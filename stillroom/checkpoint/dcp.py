@@ -22,9 +22,10 @@ from stillroom.checkpoint.config import CheckpointConfig
 from stillroom.checkpoint.group import Solo
 from stillroom.checkpoint.loading import Load
 from stillroom.checkpoint.reading import Snapshot
+from stillroom.checkpoint.roots import Where, root_of
 from stillroom.checkpoint.saves import Save
-from stillroom.checkpoint.writer import restore
 from stillroom.errors import CheckpointError
+from stillroom.storage import ObjectPath
 
 EVERY = 1 << 60
 """DCP keeps whatever was saved, so nothing is ever superfluous."""
@@ -40,7 +41,7 @@ def save(
     no_dist: bool = False,
     use_collectives: bool = True,
 ) -> Any:
-    """Save `state_dict` as the directory `checkpoint_id`, and wait until it is committed.
+    """Save `state_dict` as the directory or `s3://` URL `checkpoint_id`, and wait until it is committed.
 
     Returns:
         The checkpoint's `torch.distributed.checkpoint.metadata.Metadata`.
@@ -139,8 +140,9 @@ def load(
         return
     _refuse(planner)
     plain = _plain(state_dict)
-    restore(str(_path(checkpoint_id).parent))
-    _engine(process_group, no_dist).load_from(lambda: _whole(_path(checkpoint_id), plain, trust))
+    path = _path(checkpoint_id)
+    root_of(path.parent).restore()
+    _engine(process_group, no_dist, path).load_from(lambda: _whole(path, plain, trust))
     for key, member in state_dict.items():
         if _is_stateful(member):
             member.load_state_dict(plain[key])
@@ -149,17 +151,17 @@ def load(
 
 
 class _Folders(Checkpointer):
-    """A Checkpointer whose checkpoints lie wherever the caller says."""
+    """A Checkpointer whose checkpoints lie wherever the caller says, in places of one kind."""
 
-    def __init__(self, process_group: Any, alone: bool) -> None:
-        self._targets: dict[int, Path] = {}
+    def __init__(self, process_group: Any, alone: bool, root: Where) -> None:
+        self._targets: dict[int, Where] = {}
         # Directories of the caller's own choosing have nothing in common on disk.
         config = CheckpointConfig(keep_latest=EVERY, link_unchanged=False)
-        super().__init__(".", config=config, process_group=process_group)
+        super().__init__(root, config=config, process_group=process_group)
         if alone:
             self._group = Solo()
 
-    def save_as(self, path: Path, state: dict[str, Any]) -> Save:
+    def save_as(self, path: Where, state: dict[str, Any]) -> Save:
         number = len(self._targets)
         self._targets[number] = path
         return self.save(number, state)
@@ -170,26 +172,27 @@ class _Folders(Checkpointer):
     def steps(self) -> list[int]:
         return []
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> Where:
         return self._targets[step]
 
 
 _ENGINES: dict[Any, _Folders] = {}
 
 
-def _engine(process_group: Any, alone: bool) -> _Folders:
-    """One engine for each group of ranks, kept: its memory and its plan serve the next save."""
-    key = (process_group, alone)
+def _engine(process_group: Any, alone: bool, path: Where) -> _Folders:
+    """One engine for each group of ranks and kind of place, kept: its memory and its plan serve the next save."""
+    key = (process_group, alone, type(path))
     if key not in _ENGINES:
-        _ENGINES[key] = _Folders(process_group, alone)
+        _ENGINES[key] = _Folders(process_group, alone, path.parent if isinstance(path, ObjectPath) else Path("."))
     return _ENGINES[key]
 
 
 def _begin(state_dict: dict[str, Any], checkpoint_id: Any, process_group: Any, no_dist: bool) -> Save:
-    return _engine(process_group, no_dist).save_as(_path(checkpoint_id), _plain(state_dict))
+    path = _path(checkpoint_id)
+    return _engine(process_group, no_dist, path).save_as(path, _plain(state_dict))
 
 
-def _whole(path: Path, into: dict[str, Any], trust: bool) -> Load:
+def _whole(path: Where, into: dict[str, Any], trust: bool) -> Load:
     """A load of every leaf of `into`, none of which may be absent."""
     load = Load(Snapshot(path), into, trees.leaves(into).keys(), trust)
     if load.absent:
@@ -216,10 +219,11 @@ def _is_stateful(member: Any) -> bool:
     return isinstance(member, Stateful)
 
 
-def _path(checkpoint_id: Any) -> Path:
+def _path(checkpoint_id: Any) -> Where:
     if checkpoint_id is None:
-        raise CheckpointError("checkpoint_id is needed: the directory of the checkpoint.")
-    return Path(checkpoint_id).absolute()
+        raise CheckpointError("checkpoint_id is needed: the directory of the checkpoint, or its s3:// URL.")
+    where: Where = root_of(checkpoint_id).where
+    return where.absolute() if isinstance(where, Path) else where
 
 
 def _refuse(planner: Any, use_collectives: bool = True) -> None:

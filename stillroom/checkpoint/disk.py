@@ -80,8 +80,9 @@ class Part:
                 CRC.pack_into(image, first, crc)
                 CRC.pack_into(image, second, crc)
 
-    def write_sidecar(self) -> None:
-        write_small(os.path.join(self.folder, self.sidecar), self.sidecar_content())
+    @property
+    def sidecar_path(self) -> str:
+        return os.path.join(self.folder, self.sidecar)
 
     def sidecar_content(self) -> bytes:
         content = b"".join((SIDECAR_MAGIC, self._head, self.running))

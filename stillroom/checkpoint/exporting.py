@@ -11,13 +11,16 @@ from torch import Tensor
 
 from stillroom.checkpoint.loading import Load
 from stillroom.checkpoint.reading import Snapshot
+from stillroom.checkpoint.roots import Where
 from stillroom.errors import CheckpointError
 from stillroom.storage import atomic_directory, write_atomic
 
 SHARD_BYTES = 5 * 10**9
 
 
-def export_safetensors(checkpoint: Path, out: Path, prefix: str = "", shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+def export_safetensors(
+    checkpoint: str | Where, out: Path, prefix: str = "", shard_bytes: int = SHARD_BYTES
+) -> dict[str, Any]:
     """Write the tensors under `prefix` to the directory `out`, as Transformers loads them, names without the prefix.
 
     Raises:
@@ -46,7 +49,7 @@ def export_safetensors(checkpoint: Path, out: Path, prefix: str = "", shard_byte
     return {"out": str(out), "tensors": len(names), "bytes": total, "files": len(shards)}
 
 
-def export_torch(checkpoint: Path, out: Path, prefix: str = "", trust: bool = False) -> dict[str, Any]:
+def export_torch(checkpoint: str | Where, out: Path, prefix: str = "", trust: bool = False) -> dict[str, Any]:
     """Write the whole state, or its branch `prefix`, as one file that `torch.load` reads."""
     import io
 

@@ -5,9 +5,9 @@ First everything that is needed is checked and looked up, then it is copied: dam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,35 @@ from torch import Tensor
 from stillroom.checkpoint import trees
 from stillroom.checkpoint.framing import copyable
 from stillroom.checkpoint.layouts import Box, local_piece
-from stillroom.checkpoint.reading import READERS, Snapshot
+from stillroom.checkpoint.reading import READERS, Snapshot, Stored
 from stillroom.errors import CheckpointError
 
 Copy = tuple[Tensor, Tensor]
 """Where to, and from where."""
+
+
+class Read(NamedTuple):
+    """Some rows of a stored piece, all of them if None, and where they go.
+
+    Attributes:
+        shared: what of the tensor both hold.
+        box: what `target` holds of it.
+    """
+
+    name: str
+    stored: Stored
+    rows: tuple[int, int] | None
+    shared: Box
+    target: Tensor
+    box: Box
+
+    def copy(self, snapshot: Snapshot) -> Copy:
+        source = snapshot.piece(self.name, self.stored, self.rows)
+        begin = _minus(self.shared[0], self.stored.box[0])
+        if self.rows:
+            begin[0] = 0
+        target = _narrow(self.target, _minus(self.shared[0], self.box[0]), self.shared[1])
+        return target, _narrow(source, begin, self.shared[1])
 
 
 class Load:
@@ -52,14 +76,16 @@ class Load:
         self._shape = trees.prune(snapshot.shape, lambda name: wanted(name) and name in stored) or {"dict": []}
         self._copies: list[Copy] = []
         self._new: dict[str, Any] = {}
-        pieces: list[Callable[[], list[Copy]]] = []
-        for name in filter(wanted, snapshot.values):
-            self._new[name] = snapshot.value(name, trust)
+        values = list(filter(wanted, snapshot.values))
+        reads: list[Read] = []
         for name in filter(wanted, snapshot.tensors):
-            pieces += self._reads(snapshot, name, present.get(name))
+            reads += self._reads(snapshot, name, present.get(name))
+        ranges = [(name, snapshot.range_of(name, snapshot.values[name])) for name in values]
+        snapshot.fetch([*ranges, *((read.name, snapshot.range_of(*read[:3])) for read in reads)])
+        for name in values:
+            self._new[name] = snapshot.value(name, trust)
         with ThreadPoolExecutor(READERS) as pool:
-            for copies in pool.map(lambda read: read(), pieces):
-                self._copies += copies
+            self._copies += pool.map(lambda read: read.copy(snapshot), reads)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -68,7 +94,7 @@ class Load:
             copyable(target).copy_(copyable(source))
         trees.fill(self._into, self._shape, lambda name, now: self._new.get(name, now))
 
-    def _reads(self, snapshot: Snapshot, name: str, leaf: Any) -> list[Callable[[], list[Copy]]]:
+    def _reads(self, snapshot: Snapshot, name: str, leaf: Any) -> list[Read]:
         """Reads, each of one stored piece, that together fill the leaf, or a new tensor where there is none."""
         spec = snapshot.tensors[name]
         if isinstance(leaf, Tensor) and torch._debug_has_internal_overlap(leaf) == 1:
@@ -94,16 +120,15 @@ class Load:
         if covered < torch.Size(box[1]).numel():
             raise snapshot.corrupt(f"tensor {name!r} is not wholly stored")
 
-        def read(stored: Any, shared: Box) -> list[Copy]:
-            first = shared[0][0] - stored.box[0][0] if shared[0] else 0
-            rows = (first, first + shared[1][0]) if shared[0] and shared[1][0] != stored.box[1][0] else None
-            source = snapshot.piece(name, stored, rows)
-            begin = [a - b for a, b in zip(shared[0], stored.box[0], strict=True)]
-            if rows:
-                begin[0] = 0
-            return [(_narrow(target, _minus(shared[0], box[0]), shared[1]), _narrow(source, begin, shared[1]))]
+        return [Read(name, stored, _rows(stored, shared), shared, target, box) for stored, shared in overlaps]
 
-        return [lambda stored=stored, shared=shared: read(stored, shared) for stored, shared in overlaps]  # type: ignore[misc]
+
+def _rows(stored: Stored, shared: Box) -> tuple[int, int] | None:
+    """Which rows of a stored piece are wanted, where it has rows and not all are."""
+    if not shared[0] or shared[1][0] == stored.box[1][0]:
+        return None
+    first = shared[0][0] - stored.box[0][0]
+    return first, first + shared[1][0]
 
 
 def _overlap(one: Box, other: Box) -> Box | None:

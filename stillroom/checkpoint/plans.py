@@ -11,7 +11,6 @@ import json
 import queue
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from stillroom.checkpoint import layouts, planning
@@ -19,7 +18,9 @@ from stillroom.checkpoint.arena import Arena
 from stillroom.checkpoint.daemon import Daemon
 from stillroom.checkpoint.group import Solo
 from stillroom.checkpoint.layouts import CHANGING, SETTLED, Item, Layout, schema_of, sidecar_name
+from stillroom.checkpoint.ranges import files_of
 from stillroom.checkpoint.reading import METADATA, parse_sidecar
+from stillroom.checkpoint.roots import Where
 from stillroom.checkpoint.states import Contents, DescribedState
 from stillroom.checkpoint.trees import Shape, selector
 from stillroom.errors import CheckpointError
@@ -121,7 +122,7 @@ def new_plan(
     described: DescribedState,
     state: Mapping[Any, Any],
     settled: Settled,
-    older: Path | None,
+    older: Where | None,
     group: Solo,
     daemon: Daemon,
     buffers: int,
@@ -177,25 +178,26 @@ def _agreed(described: DescribedState, settled: Settled, group: Solo, step: str)
     return layouts.lay_out(group.rank, items, mine, digest, metadata, shape, schema)
 
 
-def _recalled(older: Path, described: DescribedState, state: Mapping[Any, Any], group: Solo) -> Layout | None:
+def _recalled(older: Where, described: DescribedState, state: Mapping[Any, Any], group: Solo) -> Layout | None:
     """The layout that an older checkpoint was saved with; None where it is not one for this state and these ranks."""
     try:
         layout = _layout_of(older, described.items(), described.shape, group.rank, group.world)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None  # a part of it is missing or damaged
+    except (OSError, ValueError, KeyError, TypeError, IndexError, CheckpointError):
+        return None  # a part of it is missing or damaged, or out of reach
     if layout is None or described.contents_of(state, layout) is None:
         return None
     return layout
 
 
-def _layout_of(older: Path, items: Sequence[Item], shape: Shape, rank: int, world: int) -> Layout | None:
-    headers = [parse_sidecar((older / sidecar_name(rank)).read_bytes())[0]]
+def _layout_of(older: Where, items: Sequence[Item], shape: Shape, rank: int, world: int) -> Layout | None:
+    files = files_of(older)
+    headers = [parse_sidecar(files.read(sidecar_name(rank)))[0]]
     first, schema = headers[0], schema_of(items, shape, rank, world)
     if first["schema"] != schema:
         return None
     if first["parts"] > 1:
-        headers.append(parse_sidecar((older / sidecar_name(rank, SETTLED)).read_bytes())[0])
-    metadata = (older / METADATA).read_bytes() if rank == 0 else b""
+        headers.append(parse_sidecar(files.read(sidecar_name(rank, SETTLED)))[0])
+    metadata = files.read(METADATA) if rank == 0 else b""
     if rank == 0 and zlib.crc32(metadata) != first["metadata_crc32"]:
         return None
     stored = {entry[0]: (entry[4], part) for part, header in enumerate(headers) for entry in header["items"]}

@@ -1,21 +1,21 @@
 """One committed checkpoint, as it is read: ours with every byte checked, or one that PyTorch DCP wrote.
 
-`.metadata` is unpickled by a reader that admits DCP's metadata classes and nothing else. Files are mapped, so that
-only what is asked for is read; the CRC32 of a range of ours is checked from the running value before it to the one at
+`.metadata` is unpickled by a reader that admits DCP's metadata classes and nothing else. Only what is asked for is
+read (`ranges.py`); the CRC32 of a range of ours is checked from the running value before it to the one at
 its end, so a slice costs its blocks and not the whole item. DCP's own files carry one CRC32 an item, which it never
 checks and we do: there the whole item is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import mmap
 import os
 import pickle
-import re
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,17 @@ from stillroom.checkpoint import trees
 from stillroom.checkpoint.disk import BLOCK_BYTES, SIDECAR_MAGIC, crc32
 from stillroom.checkpoint.framing import tensor_frame
 from stillroom.checkpoint.layouts import CHANGING, SETTLED, Box, sidecar_name
+from stillroom.checkpoint.ranges import Range, files_of
+from stillroom.checkpoint.roots import STEP_NAME, parse_record
 from stillroom.checkpoint.unpickling import load_metadata, load_value
 from stillroom.checkpoint.writer import RECORD
 from stillroom.errors import CheckpointCorrupt, CheckpointError
+from stillroom.storage import ObjectPath, located
 
 METADATA = ".metadata"
-STEP_NAME = re.compile(r"step-(\d{8,})")
 READERS = min(8, os.cpu_count() or 1)
+VERIFIED_AT_ONCE = 256 << 20
+"""Bytes of an object store's files that are held at a time while a whole checkpoint is verified."""
 
 
 class Stored(NamedTuple):
@@ -66,7 +70,7 @@ class TensorSpec:
 
 
 class Snapshot:
-    """A checkpoint directory.
+    """A checkpoint: a directory, or the same under an `s3://` URL.
 
     Attributes:
         record: step, metrics and world size as they were saved; empty for one that DCP wrote.
@@ -79,20 +83,20 @@ class Snapshot:
         CheckpointCorrupt: the metadata or a sidecar is damaged or missing.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | ObjectPath) -> None:
+        self._files = files_of(path)
+        self.path = located(path)
         self.tensors: dict[str, TensorSpec] = {}
         self.values: dict[str, Stored] = {}
         self.bytes_used = 0
-        self._maps: dict[str, memoryview] = {}
         self._checked: dict[tuple[str, int], Checked] = {}
         self._sizes: dict[str, int] = {}
         self.record = self._read_record()
         raw = self._read_small(METADATA)
-        sidecars = [self._read_sidecar(rank) for rank in range(self.record.get("world", 0))]
-        for rank, sidecar in enumerate(sidecars):
-            if sidecar.get("parts", 1) > 1:
-                self._read_sidecar(rank, SETTLED)
+        with ThreadPoolExecutor(READERS) as pool:
+            sidecars = list(pool.map(self._read_sidecar, range(self.record.get("world", 0))))
+            parted = [rank for rank, sidecar in enumerate(sidecars) if sidecar.get("parts", 1) > 1]
+            list(pool.map(self._read_sidecar, parted, [SETTLED] * len(parted)))
         if sidecars and sidecars[0]["metadata_crc32"] != zlib.crc32(raw):
             raise self.corrupt(f"{METADATA} does not match its checksum")
         metadata = self._unpickle(raw)
@@ -106,7 +110,7 @@ class Snapshot:
         return bool(self.record)
 
     def corrupt(self, what: str) -> CheckpointCorrupt:
-        match = STEP_NAME.fullmatch(self.path.name)
+        match = STEP_NAME.match(self.path.name)
         named = f"checkpoint of step {int(match[1])} in {self.path.parent}" if match else f"checkpoint {self.path}"
         return CheckpointCorrupt(
             f"{named} is damaged: {what}.\n"
@@ -118,8 +122,32 @@ class Snapshot:
         pieces = [piece for spec in self.tensors.values() for piece in spec.pieces]
         return sorted({piece.file for piece in (*pieces, *self.values.values())})
 
+    def range_of(self, name: str, piece: Stored, rows: tuple[int, int] | None = None) -> Range:
+        """What `piece` or `value` reads of a file: the blocks that some rows lie in, or the item with its frame."""
+        whole = Range(piece.file, piece.offset, piece.offset + piece.size_bytes)
+        checked = self._checked.get((piece.file, piece.offset))
+        if rows is None or checked is None or name in self.values:
+            return whole
+        begin, end = _row_bytes(checked, piece, rows)
+        if end - begin == checked.payload_bytes:
+            return whole
+        start = piece.offset + checked.head_bytes
+        stop = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, checked.payload_bytes)
+        return Range(piece.file, start + begin // BLOCK_BYTES * BLOCK_BYTES, start + stop)
+
+    def fetch(self, ranges: Iterable[tuple[str, Range]]) -> None:
+        """Say what will be read, for which item: from an object store it comes in few requests, and stays.
+
+        Raises:
+            CheckpointCorrupt: a file is missing or has another length; the item is named.
+        """
+        wanted = list(ranges)
+        for name, span in wanted:
+            self._check_there(name, span)
+        self._files.fetch(span for _, span in wanted)
+
     def piece(self, name: str, piece: Stored, rows: tuple[int, int] | None = None) -> Tensor:
-        """A stored piece of a tensor, or some rows of its first dimension, checked; maps the file, copies nothing.
+        """A stored piece of a tensor, or some rows of its first dimension, checked; of a local file nothing is copied.
 
         Raises:
             CheckpointCorrupt: a checksum does not match; the tensor is named.
@@ -135,20 +163,20 @@ class Snapshot:
         frame = tensor_frame(spec.dtype, sizes)
         if (len(frame.head), frame.payload_bytes) != (checked.head_bytes, checked.payload_bytes):
             raise self.corrupt(f"tensor {name!r} is not what {METADATA} says it is")
-        begin, end = 0, checked.payload_bytes
-        if rows:
-            row_bytes = checked.payload_bytes // sizes[0]
-            begin, end = rows[0] * row_bytes, rows[1] * row_bytes
-            sizes = (rows[1] - rows[0], *sizes[1:])
-        self._check_payload(name, piece, checked, begin, end)
+        begin, end = _row_bytes(checked, piece, rows) if rows else (0, checked.payload_bytes)
+        sizes = (rows[1] - rows[0], *sizes[1:]) if rows else sizes
+        span = self.range_of(name, piece, rows)
+        data = self._view(name, span)
+        payload_at = piece.offset + checked.head_bytes - span.begin
+        self._check_payload(name, piece, checked, begin, end, data, payload_at)
         if end - begin == checked.payload_bytes:
-            self._check_frame(name, piece, checked)
+            self._check_frame(name, piece, checked, data)
         if begin == end:
             return torch.empty(sizes, dtype=spec.dtype)
-        at = piece.offset + checked.head_bytes + begin
-        raw = torch.frombuffer(self._map(piece.file), dtype=torch.uint8, offset=at, count=end - begin)
+        at = payload_at + begin
+        raw = torch.frombuffer(data, dtype=torch.uint8, offset=at, count=end - begin)
         # A slice need not begin at a multiple of its element's size; a view would be refused, a copy is not.
-        return (raw if at % spec.dtype.itemsize == 0 else raw.clone()).view(spec.dtype).view(sizes)
+        return (raw if raw.data_ptr() % spec.dtype.itemsize == 0 else raw.clone()).view(spec.dtype).view(sizes)
 
     def value(self, name: str, trust: bool = False) -> Any:
         """A small value, checked.
@@ -161,10 +189,11 @@ class Snapshot:
             CheckpointError: it is of a class that is not admitted.
         """
         piece = self.values[name]
-        raw = bytes(self._map(piece.file)[piece.offset : piece.offset + piece.size_bytes])
+        data = self._view(name, self.range_of(name, piece))
+        raw = bytes(data)
         checked = self._checked.get((piece.file, piece.offset))
         if checked is not None:
-            self._check_payload(name, piece, checked, 0, checked.payload_bytes)
+            self._check_payload(name, piece, checked, 0, checked.payload_bytes, data, 0)
         else:
             self._check_zip(name, raw)
         try:
@@ -177,14 +206,36 @@ class Snapshot:
 
     def damages(self) -> list[str]:
         """Everything that does not match its checksum, one line each; empty when all is well."""
-        names = [(name, piece) for name, spec in self.tensors.items() for piece in spec.pieces]
+        found: list[str | None] = []
         with ThreadPoolExecutor(READERS) as pool:
-            found = [*pool.map(self._damage, names), *pool.map(self._damage, self.values.items())]
+            for items in self._batches():
+                self._files.fetch(self._there(items))
+                found += pool.map(self._damage, items)
+                self._files.forget()
         return [line for line in found if line]
 
     def close(self) -> None:
-        """Forget the mapped files; tensors that were handed out keep them."""
-        self._maps.clear()
+        """Forget what was mapped or fetched; tensors that were handed out keep it."""
+        self._files.forget()
+
+    def _batches(self) -> Iterator[list[tuple[str, Stored]]]:
+        """All items in the order of the files, so many at a time as may be held in memory."""
+        items = [(name, piece) for name, spec in self.tensors.items() for piece in spec.pieces]
+        batch: list[tuple[str, Stored]] = []
+        for name, piece in sorted((*items, *self.values.items()), key=lambda item: item[1][:2]):
+            if batch and sum(held.size_bytes for _, held in batch) + piece.size_bytes > VERIFIED_AT_ONCE:
+                yield batch
+                batch = []
+            batch.append((name, piece))
+        yield batch
+
+    def _there(self, items: list[tuple[str, Stored]]) -> Iterator[Range]:
+        """What of the items can be read at all."""
+        for name, piece in items:
+            span = self.range_of(name, piece)
+            with contextlib.suppress(CheckpointCorrupt):
+                self._check_there(name, span)
+                yield span
 
     def _damage(self, named: tuple[str, Stored]) -> str | None:
         name, piece = named
@@ -199,34 +250,28 @@ class Snapshot:
             pass
         return None
 
-    def _check_payload(self, name: str, piece: Stored, checked: Checked, begin: int, end: int) -> None:
+    def _check_payload(
+        self, name: str, piece: Stored, checked: Checked, begin: int, end: int, data: memoryview, payload_at: int
+    ) -> None:
+        """Bytes `begin` to `end` of the payload, which begins at `payload_at` of `data`, by whole blocks."""
         if begin == end:
             return
         first, last = begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        start = piece.offset + checked.head_bytes
-        span = start + first * BLOCK_BYTES, start + min((last + 1) * BLOCK_BYTES, checked.payload_bytes)
-        whole = self._map(piece.file)
-        page = span[0] // mmap.PAGESIZE * mmap.PAGESIZE
-        whole.obj.madvise(mmap.MADV_WILLNEED, page, span[1] - page)  # type: ignore[attr-defined]
-        data = whole[span[0] : span[1]]
-        self.bytes_used += len(data)
+        stop = min((last + 1) * BLOCK_BYTES, checked.payload_bytes)
+        blocks = data[payload_at + first * BLOCK_BYTES : payload_at + stop]
+        self.bytes_used += len(blocks)
         before = checked.blocks[first - 1] if first else 0
-        found = crc32(data, before)
+        found = crc32(blocks, before)
         if found != checked.blocks[last]:
             raise self.corrupt(
                 f"item {name!r} in {piece.file} has CRC32 {found:08x} up to block {last}, "
                 f"written as {checked.blocks[last]:08x}"
             )
 
-    def _check_frame(self, name: str, piece: Stored, checked: Checked) -> None:
-        """Head and tail are as the layout has them, and the tail's CRC32 is the payload's."""
-        spec = self.tensors[name]
-        frame = tensor_frame(spec.dtype, piece.box[1])
-        data = self._map(piece.file)
-        head = data[piece.offset : piece.offset + checked.head_bytes]
-        tail = bytearray(
-            data[piece.offset + checked.head_bytes + checked.payload_bytes : piece.offset + piece.size_bytes]
-        )
+    def _check_frame(self, name: str, piece: Stored, checked: Checked, data: memoryview) -> None:
+        """Head and tail of the item `data` are as the layout has them, and the tail's CRC32 is the payload's."""
+        frame = tensor_frame(self.tensors[name].dtype, piece.box[1])
+        head, tail = data[: checked.head_bytes], bytearray(data[checked.head_bytes + checked.payload_bytes :])
         crc = checked.blocks[-1] if len(checked.blocks) else 0
         stored = [bytes(tail[at : at + 4]) for at in frame.crc_at]
         for at in frame.crc_at:
@@ -235,7 +280,7 @@ class Snapshot:
             raise self.corrupt(f"the framing of item {name!r} in {piece.file} does not match its checksum")
 
     def _foreign(self, name: str, piece: Stored) -> Tensor:
-        raw = bytes(self._map(piece.file)[piece.offset : piece.offset + piece.size_bytes])
+        raw = bytes(self._view(name, self.range_of(name, piece)))
         self.bytes_used += len(raw)
         self._check_zip(name, raw)
         try:
@@ -253,37 +298,38 @@ class Snapshot:
         if broken:
             raise self.corrupt(f"item {name!r} does not match its CRC32")
 
-    def _map(self, file: str) -> memoryview:
-        if file in self._maps:
-            return self._maps[file]
-        if os.path.basename(file) != file:
-            raise self.corrupt(f"{METADATA} names the file {file!r} outside of its directory")
+    def _view(self, name: str, span: Range) -> memoryview:
+        self._check_there(name, span)
+        return self._files.view(span)
+
+    def _check_there(self, name: str, span: Range) -> None:
+        """The file that an item lies in exists, and is as long as it was written."""
+        if os.path.basename(span.file) != span.file:
+            raise self.corrupt(f"{METADATA} names the file {span.file!r} outside of its directory")
         try:
-            descriptor = os.open(self.path / file, os.O_RDONLY)
+            size = self._files.size_bytes(span.file)
         except OSError as error:
-            raise self.corrupt(f"{file} cannot be opened: {error.strerror}") from error
-        try:
-            size, expected = os.fstat(descriptor).st_size, self._sizes.get(file)
-            if (expected is not None and size != expected) or not size:
-                raise self.corrupt(f"{file} has {size} bytes, written were {expected or 'more'}")
-            # Private and writable: torch wants memory that it could write; the file stays as it is.
-            mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            # What is needed is asked for by range; reading ahead of it would read many times as much.
-            mapped.madvise(mmap.MADV_RANDOM)
-        finally:
-            os.close(descriptor)
-        return self._maps.setdefault(file, memoryview(mapped))
+            raise self.corrupt(
+                f"item {name!r} cannot be read: {span.file} cannot be opened: {error.strerror}"
+            ) from error
+        expected = self._sizes.get(span.file, max(size, span.end))
+        if size != expected:
+            raise self.corrupt(f"item {name!r} cannot be read: {span.file} has {size} bytes, written were {expected}")
 
     def _read_small(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            return self._files.read(name)
         except OSError as error:
             raise self.corrupt(f"{name} cannot be read: {error.strerror}") from error
 
     def _read_record(self) -> dict[str, Any]:
         """What was written beside DCP's files; a checkpoint without is DCP's own, unless it has sidecars."""
-        if not (self.path / RECORD).exists():
-            if list(self.path.glob("*.checksums")):
+        try:
+            names = self._files.names()
+        except OSError as error:
+            raise self.corrupt(f"it cannot be read: {error.strerror}") from error
+        if RECORD not in names:
+            if any(name.endswith(".checksums") for name in names):
                 raise self.corrupt(f"{RECORD} is missing")
             return {}
         try:
@@ -355,20 +401,7 @@ def parse_sidecar(raw: bytes) -> tuple[dict[str, Any], memoryview]:
     return header, memoryview(bytes(data[at + 4 + length : -4])).cast("I")
 
 
-def parse_record(raw: bytes) -> dict[str, Any]:
-    """The content of `checkpoint.json`.
-
-    Raises:
-        ValueError: it does not match its checksum.
-    """
-    whole = json.loads(raw)
-    record: dict[str, Any] = whole["record"]
-    if format_record(record) != raw.decode():
-        raise ValueError("checksum")
-    return record
-
-
-def format_record(record: dict[str, Any]) -> str:
-    """`record` with its CRC32, as `checkpoint.json` holds it."""
-    text = json.dumps(record, sort_keys=True)
-    return json.dumps({"record": json.loads(text), "crc32": zlib.crc32(text.encode())}, sort_keys=True) + "\n"
+def _row_bytes(checked: Checked, piece: Stored, rows: tuple[int, int]) -> tuple[int, int]:
+    """Where some rows begin and end in the payload."""
+    row_bytes = checked.payload_bytes // piece.box[1][0]
+    return rows[0] * row_bytes, rows[1] * row_bytes

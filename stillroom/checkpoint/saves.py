@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stillroom.errors import CheckpointError
@@ -17,13 +16,14 @@ class CheckpointInfo:
     """A committed checkpoint.
 
     Attributes:
+        path: a `Path`, or an `ObjectPath` on an object store.
         size_bytes: of all its files.
         metrics: as they were given to `save`.
         absent: after a load, leaves of the state that the checkpoint does not have; they stayed as they were.
     """
 
     step: int
-    path: Path
+    path: Any
     size_bytes: int
     metrics: Mapping[str, float]
     absent: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from stillroom.checkpoint.disk import SIDECAR_MAGIC, NewFile, Part, linked, read, sync_folder, write_small
@@ -47,11 +48,10 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, writer: Writer) -> None:
     """Serve requests until the connection ends."""
     connection = socket.socket(fileno=descriptor)
     requests: queue.SimpleQueue[tuple[dict[str, Any], int | None]] = queue.SimpleQueue()
-    writer = Writer()
     threading.Thread(target=_listen, args=(connection, requests, writer), daemon=True).start()
     while True:
         request, arena = requests.get()
@@ -61,7 +61,7 @@ def main(descriptor: int) -> None:
         except OSError as error:
             reply = {"error": f"{error.strerror}: {error.filename or writer.doing}", "errno": error.errno}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {"error": writer.explain(error)}
         reply |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
         connection.sendall(json.dumps(reply).encode() + b"\n")
 
@@ -132,35 +132,33 @@ class Writer:
         changed: list[int] = []
         for part in others:
             changed += self._write_unless_linked(part, previous)
-        sync_folder(folder)
-        if not commits:
-            self._folder = ""  # the others may commit it from now on
+        self._written(folder, commits)
         return {"unchanged": unchanged, "changed": changed}
 
     def _write_first(self, part: Part, compare: bool) -> list[int]:
         before = part.running.tolist() if compare else []
         self.doing = part.path
         if not part.file_bytes:
-            part.write_sidecar()
+            self._small_file(part.sidecar_path, part.sidecar_content())
             return []
-        with NewFile(part.path, part.image, part.file_bytes) as out:
+        with self._file(part.path, part.image, part.file_bytes) as out:
             for ready in part.checksummed():
                 out.write_until(ready)
             out.write_until(part.file_bytes, last=True)
-            part.write_sidecar()  # while the last pieces are on their way
+            self._small_file(part.sidecar_path, part.sidecar_content())  # while the last pieces are on their way
             return part.rows_with(before, same=True)
 
     def _write_unless_linked(self, part: Part, previous: str) -> list[int]:
         for _ in part.checksummed():
             pass
-        before = read(os.path.join(previous, part.sidecar)) if previous else b""
+        before = self._read(os.path.join(previous, part.sidecar)) if previous else b""
         names = (part.file, part.sidecar)
-        if before == part.sidecar_content() and linked(previous, part.folder, names):
+        if before == part.sidecar_content() and self._linked(previous, part.folder, names):
             return []
         self.doing = part.path
-        with NewFile(part.path, part.image, part.file_bytes) as out:
+        with self._file(part.path, part.image, part.file_bytes) as out:
             out.write_until(part.file_bytes, last=True)
-            part.write_sidecar()
+            self._small_file(part.sidecar_path, part.sidecar_content())
         return part.rows_with(part.running_in(before), same=False)
 
     def commit(
@@ -184,10 +182,9 @@ class Writer:
         if not _committed(final, token):
             memory = memoryview(self._arenas[arena])
             for name, text in files.items():
-                write_small(os.path.join(folder, name), text.encode())
-            same = previous and read(os.path.join(previous, sidecar), len(SIDECAR_MAGIC) + head[1])
-            if same != SIDECAR_MAGIC + memory[head[0] : sum(head)] or not linked(previous, folder, [".metadata"]):
-                write_small(os.path.join(folder, ".metadata"), memory[metadata[0] : sum(metadata)])
+                self._small_file(os.path.join(folder, name), text.encode())
+            begins = b"".join((SIDECAR_MAGIC, memory[head[0] : sum(head)]))
+            self._write_metadata(folder, memory[metadata[0] : sum(metadata)], sidecar, begins, previous)
             sync_folder(folder)
             self.doing = final
             with self._ending:  # from here on nothing is abandoned
@@ -202,6 +199,12 @@ class Writer:
         self._leave()
         return {}
 
+    def _write_metadata(self, folder: str, metadata: memoryview, sidecar: str, begins: bytes, previous: str) -> None:
+        """`.metadata` is that of `previous` where the `sidecar` there begins alike."""
+        same = bool(previous) and self._read(os.path.join(previous, sidecar), len(begins)) == begins
+        if not same or not self._linked(previous, folder, [".metadata"]):
+            self._small_file(os.path.join(folder, ".metadata"), metadata)
+
     def remove(self, _: None, paths: list[str]) -> None:
         """Drop whole checkpoints: invisible at once, then gone."""
         for path in paths:
@@ -213,16 +216,24 @@ class Writer:
                 sync_folder(os.path.dirname(path))
                 self._remove(doomed)
 
-    def sweep(self, _: None, root: str, keep: str) -> None:
-        """Remove what crashed saves left under `root`, but `keep`; a save under way holds a lock on its folder."""
+    def sweep(self, _: None, root: str, keep: str, idle_s: float) -> None:
+        """Remove what crashed saves left under `root`, but `keep`; a save under way holds a lock on its folder.
+
+        Args:
+            idle_s: no save goes on for so long without a sign of life, for where there are no locks.
+        """
         restore(root)
         with contextlib.suppress(FileNotFoundError):
             for entry in list(os.scandir(root)):
                 if LEFTOVER.fullmatch(entry.name) and entry.name != keep:
                     _remove_if_free(entry.path)
 
-    def drop(self, _: None, folder: str) -> None:
-        """Give up a save, and remove its folder where one is named."""
+    def drop(self, _: None, folder: str, committing: bool) -> None:
+        """Give up a save, and remove its folder where one is named.
+
+        Args:
+            committing: whether its commit was begun; a rename has failed or not, a request may yet arrive.
+        """
         self._leave()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -234,6 +245,29 @@ class Writer:
                 shutil.rmtree(self._folder, ignore_errors=True)
             self._finish_removals()
             os._exit(0)
+
+    def explain(self, error: Exception) -> str:
+        """What to tell the trainer about an error that is none of the operating system's."""
+        return f"{type(error).__name__}: {error}"
+
+    def _file(self, path: str, memory: memoryview, size_bytes: int) -> Any:
+        """A context in which `write_until` takes more of the memory as it becomes final."""
+        return NewFile(path, memory, size_bytes)
+
+    def _small_file(self, path: str, content: Any) -> None:
+        write_small(path, content)
+
+    def _read(self, path: str, limit: int = -1) -> bytes:
+        return read(path, limit)
+
+    def _linked(self, source: str, folder: str, names: Sequence[str]) -> bool:
+        return linked(source, folder, names)
+
+    def _written(self, folder: str, commits: bool) -> None:
+        """This rank's files are there."""
+        sync_folder(folder)
+        if not commits:
+            self._folder = ""  # the others may commit it from now on
 
     def _remove(self, folder: str) -> None:
         """Freeing gigabytes takes a while, which nobody needs to wait for."""
@@ -332,4 +366,4 @@ def _remove_if_free(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), Writer())

@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from stillroom.checkpoint import CheckpointConfig, Checkpointer
 from stillroom.checkpoint.reading import Snapshot
 from stillroom.errors import CheckpointCorrupt, CheckpointError
+from stillroom.storage import ObjectPath, ObjectStore
 from tests.checkpoint.states import STOCK_DTYPES, any_tensor, assert_same, bits
 
 QUICK = CheckpointConfig(timeout_s=20.0)
@@ -82,6 +83,35 @@ def meshes(world: int) -> list[DeviceMesh]:
 
 def group_of(mesh: DeviceMesh):
     return mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+
+
+def object_store(root: Path, rank: int, world: int) -> None:
+    """Saved by all ranks as objects, resharded to all and to one; a rank that cannot write is named to every rank."""
+    url = os.environ["CHECKPOINTS"]
+    one, both = meshes(world)
+    with Checkpointer(url, like=sharded(1, both), config=QUICK) as checkpointer:
+        for step in (1, 2, 2):
+            checkpointer.save(step, sharded(step, both)).result()
+        assert checkpointer.steps() == [1, 2]
+        checkpointer.load(into := emptied(sharded(0, both)))
+        assert_whole(into, 2)
+        dist.barrier()
+    if one.get_coordinate() is not None:
+        with Checkpointer(url, config=QUICK, process_group=one.get_group()) as checkpointer:
+            checkpointer.load(into := emptied(sharded(0, one)))
+            assert checkpointer.verify(2) == []
+        assert_whole(into, 2)
+    dist.barrier()
+    with Checkpointer(url, config=QUICK) as checkpointer:
+        right = checkpointer.root
+        checkpointer.root = ObjectPath("no-such-bucket", "run") if rank == 1 else right
+        assert "no bucket 'no-such-bucket'" in failed(checkpointer.save(3, sharded(3, both)).result)
+        checkpointer.root = right
+        dist.barrier()
+        store = ObjectStore()
+        assert {folder.name[:13] for folder in store.children(right)[1]} == {"step-00000001", "step-00000002"}
+        checkpointer.save(3, sharded(3, both)).result()
+        assert checkpointer.steps() == [2, 3]
 
 
 def reshard(root: Path, rank: int, world: int) -> None:
