@@ -150,7 +150,9 @@ def test_what_stays_the_same_is_copied_within_the_store(network, root):
 
 def test_several_ranks(bucket, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CHECKPOINTS": f"s3://{bucket.name}/ranks"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint.ranks", "2", str(tmp_path), "object_store"]
+    command = [
+        sys.executable, "-W", "ignore", "-m", "tests.checkpoint.ranks", str(tmp_path), "2", "ranks", "object_store",
+    ]  # fmt: skip
     subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], timeout=100, check=True)
     failures = [path.read_text() for path in sorted(tmp_path.glob("*.failed"))]
     assert not failures, "\n".join(failures)
