@@ -134,7 +134,7 @@ def carried() -> tuple[float, int, int]:
 
 
 def header_bytes(messages: int = 50, tries: int = 5) -> int:
-    """Bytes of headers for each packet, by sending one byte at a time to oneself: the least found, as others send too."""
+    """Bytes of headers for each packet, by sending single bytes to oneself: the least found, as others send too."""
     found = []
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
