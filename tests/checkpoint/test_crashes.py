@@ -80,7 +80,10 @@ VICTIMS = ("trainer", "writer", "trainer and writer", "machine")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("ranks", "kills"),
-    [(1, 8), (2, 4), pytest.param(1, 200, marks=pytest.mark.slow), pytest.param(2, 200, marks=pytest.mark.slow)],
+    [
+        (1, 8),
+        *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((2, 4), (1, 200), (2, 200))),
+    ],
 )
 def test_killed_at_any_moment_nothing_committed_is_lost_or_wrong(tmp_path, breaker, task, ranks, kills):
     """Each time a trainer, a writer, both or the machine, which loses what was not synced."""
