@@ -81,6 +81,7 @@ class Network:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # head and body are sent apart, and one would wait for the other
 
             def handle_any(self) -> None:
                 network.requests.append((self.command, self.path))
