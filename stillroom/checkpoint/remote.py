@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from stillroom.checkpoint import writer
-from stillroom.checkpoint.disk import SIDECAR_MAGIC
 from stillroom.checkpoint.roots import ASIDE, Objects, commit_of, generation_of
 from stillroom.checkpoint.writer import RECORD, Writer
 from stillroom.errors import CheckpointError, StillroomError, StorageError
@@ -62,11 +61,7 @@ class RemoteWriter(Writer):
         before = root.record(place)
         if before and before["token"] == token:
             return {}  # an earlier try, cut short after its last request, did it
-        memory = memoryview(self._arenas[arena])
-        for name, text in files.items():
-            self._store.put(generation / name, text.encode())
-        begins = b"".join((SIDECAR_MAGIC, memory[head[0] : sum(head)]))
-        self._write_metadata(folder, memory[metadata[0] : sum(metadata)], sidecar, begins, previous)
+        self._write_last(folder, files, self._arenas[arena], metadata, sidecar, head, previous)
         self._check_whole(generation, json.loads(files[RECORD])["record"]["world"])
         self._store.put(commit_of(place), files[RECORD].encode())
         if before:

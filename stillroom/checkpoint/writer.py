@@ -180,11 +180,7 @@ class Writer:
             head: first part of rank 0's `sidecar`. Where that of `previous` is the same, so is its `.metadata`.
         """
         if not _committed(final, token):
-            memory = memoryview(self._arenas[arena])
-            for name, text in files.items():
-                self._small_file(os.path.join(folder, name), text.encode())
-            begins = b"".join((SIDECAR_MAGIC, memory[head[0] : sum(head)]))
-            self._write_metadata(folder, memory[metadata[0] : sum(metadata)], sidecar, begins, previous)
+            self._write_last(folder, files, self._arenas[arena], metadata, sidecar, head, previous)
             sync_folder(folder)
             self.doing = final
             with self._ending:  # from here on nothing is abandoned
@@ -199,11 +195,24 @@ class Writer:
         self._leave()
         return {}
 
-    def _write_metadata(self, folder: str, metadata: memoryview, sidecar: str, begins: bytes, previous: str) -> None:
-        """`.metadata` is that of `previous` where the `sidecar` there begins alike."""
+    def _write_last(
+        self,
+        folder: str,
+        files: dict[str, str],
+        arena: mmap.mmap,
+        metadata: tuple[int, int],
+        sidecar: str,
+        head: tuple[int, int],
+        previous: str,
+    ) -> None:
+        """What only the coordinator adds; `.metadata` is that of `previous` where the `sidecar` there begins alike."""
+        for name, text in files.items():
+            self._small_file(os.path.join(folder, name), text.encode())
+        memory = memoryview(arena)
+        begins = b"".join((SIDECAR_MAGIC, memory[head[0] : sum(head)]))
         same = bool(previous) and self._read(os.path.join(previous, sidecar), len(begins)) == begins
         if not same or not self._linked(previous, folder, [".metadata"]):
-            self._small_file(os.path.join(folder, ".metadata"), metadata)
+            self._small_file(os.path.join(folder, ".metadata"), memory[metadata[0] : sum(metadata)])
 
     def remove(self, _: None, paths: list[str]) -> None:
         """Drop whole checkpoints: invisible at once, then gone."""
